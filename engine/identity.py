@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.config import AttentionConfig, RunConfig, SamplerConfig
+from engine.config import AttentionConfig, MethodConfig, RunConfig, SamplerConfig
 from engine.errors import UserError
 from engine.files.trees import DamagedError, parse_json
-from engine.method_tree import method_tree
 from engine.text.timeline import parse_timeline
 
 # Configuration key of each setting that a call may override; `latents_settings` holds the value of the call.
@@ -67,6 +66,18 @@ def group_tree(group: SamplerConfig | AttentionConfig) -> dict[str, Any]:
     tree, default = dataclasses.asdict(group), type(group)()
     tree |= group.cache_settings if isinstance(group, SamplerConfig) else {}
     return {key: value for key, value in tree.items() if key not in _LATER or value != getattr(default, key)}
+
+
+def method_tree(method: MethodConfig) -> dict[str, Any]:
+    """The method's name, its settings with defaults resolved, and what all methods share."""
+    made = method.method
+    shared = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    settings = dataclasses.asdict(made) if dataclasses.is_dataclass(made) and not isinstance(made, type) else {}
+    # A user's own class may have settings of types that JSON lacks.
+    settings = json.loads(json.dumps(settings, default=repr))
+    return {name: value for name, value in shared.items() if not dataclasses.is_dataclass(value)} | {
+        "settings": settings
+    }
 
 
 def settings_id(settings: Mapping[str, Any]) -> str:

@@ -1,7 +1,10 @@
-"""Paths as users write them."""
+"""Paths as users write them, and the revision of a checkout."""
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
+from typing import Any
 
 from engine.errors import UserError
 
@@ -60,3 +63,16 @@ def find_checkpoint(path: str) -> Path | str:
 def is_pickle(name: str) -> bool:
     """Whether a file name ends like a pickle, which can run code when it is loaded."""
     return name.lower().endswith(_PICKLES)
+
+
+def git_revision(checkout: Path) -> dict[str, Any] | None:
+    """Commit of a git checkout and whether tracked files differ from it; None where git cannot tell."""
+    if shutil.which("git") is None or not (checkout / ".git").exists():
+        return None
+    revision, status = (
+        subprocess.run(["git", "-C", str(checkout), *command], capture_output=True, text=True, check=False)
+        for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    )
+    if revision.returncode or status.returncode:
+        return None
+    return {"revision": revision.stdout.strip(), "modified": bool(status.stdout.strip())}

@@ -7,10 +7,8 @@ import json
 import platform
 import re
 import resource
-import shutil
-import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from engine.denoise.denoise import Denoised
 from engine.files.whole import content_bytes, content_sha256, write_json
 from engine.identity import settings_id
 from engine.kernel_choice import KernelChoice, SolverChoice
-from engine.paths import REPOSITORY
+from engine.paths import REPOSITORY, git_revision
 from freespec.kernels import resolve_dual
 
 PACKAGE = "freespec-engine"
@@ -172,20 +170,27 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of the packages that affect the result; None for a package that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in (
-        PACKAGE,
-        "diffusers",
-        "transformers",
-        "peft",
-        "torchao",
-        "gguf",
-        "av",
-        "flash-attn-3",
-        "sageattention",
-        "xfuser",
-    ):
+    """Versions of Python and of the packages that affect the result."""
+    return {"python": platform.python_version(), "torch": torch.__version__} | versions_of(
+        (
+            PACKAGE,
+            "diffusers",
+            "transformers",
+            "peft",
+            "torchao",
+            "gguf",
+            "av",
+            "flash-attn-3",
+            "sageattention",
+            "xfuser",
+        )
+    )
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str | None]:
+    """Versions of packages; None for one that is not installed."""
+    found: dict[str, str | None] = {}
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -195,18 +200,5 @@ def versions() -> dict[str, str | None]:
 
 @functools.cache
 def running_revision() -> dict[str, Any] | None:
-    """`git_revision` at the first call of this process, since commits made later are not what runs."""
-    return git_revision()
-
-
-def git_revision() -> dict[str, Any] | None:
-    """Commit of the checkout this code lies in and whether tracked files differ from it; None outside a checkout."""
-    if shutil.which("git") is None or not (REPOSITORY / ".git").exists():
-        return None
-    revision, status = (
-        subprocess.run(["git", "-C", str(REPOSITORY), *command], capture_output=True, text=True, check=False)
-        for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-    )
-    if revision.returncode or status.returncode:
-        return None
-    return {"revision": revision.stdout.strip(), "modified": bool(status.stdout.strip())}
+    """The revision of this code at the first call of this process, since commits made later are not what runs."""
+    return git_revision(REPOSITORY)

@@ -18,6 +18,7 @@ from benchmarks.measure import SHAPES, Shape, environment, in_turn, rounded
 from engine.errors import first_line
 from engine.kernel_choice import choose_solver
 from engine.ranks.group_of_one import GROUP_OF_ONE
+from engine.record import versions_of
 from freespec.kernels import NAMES, Kernel, select_kernel
 
 # Sizes of --small: the same code on a CPU, in seconds.
@@ -84,7 +85,7 @@ class Bench:
 
     def start(self) -> None:
         """Record the environment."""
-        self.about = environment(self.device, "") | {"packages": versions(), "clocks_before": clocks()}
+        self.about = environment(self.device, "") | {"packages": versions_of(PACKAGES), "clocks_before": clocks()}
         self.write("running")
 
     def record(self, name: str, value: Any) -> Any:
@@ -239,17 +240,6 @@ class ShapeRun:
     def peak(self, call: Callable[[], Any]) -> dict[str, Any]:
         """The memory of a call, for `check`."""
         return {"peak_extra_mib": peak_memory(call, self.bench.device)[0]}
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of the packages that decide speed; None if not installed."""
-    found: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def clocks() -> dict[str, str] | None:

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.config import RunConfig
-from engine.identity import differing, flat, group_tree
-from engine.method_tree import method_tree
+from engine.identity import differing, flat, group_tree, method_tree
 
 CONFIG_DIGITS = 12
 ITEM_DIGITS = 16

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import errors as hub_errors
@@ -35,7 +35,7 @@ def fetch(source: Path | str, revision: str | None, *, parts: Sequence[str], off
     patterns = ["*.json", *(f"{part}/*.safetensors" for part in parts)]
     patterns += ["tokenizer/*.model", "tokenizer/*.txt"] if {"text_encoder", "tokenizer"} & set(parts) else []
     try:
-        with quiet_hub():
+        with quiet("huggingface_hub"):
             return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=offline))
     except (OSError, ValueError) as error:  # base classes of all errors of huggingface_hub and its connections
         first = first_line(error)
@@ -64,7 +64,7 @@ def hub_file(name: str) -> tuple[str, str] | None:
 def fetch_file(repository: str, file: str, *, what: str, offline: bool) -> Path:
     """Return the local copy of a file of the hub, downloaded unless `offline`; UserError, which begins with `what`, without one."""
     try:
-        with quiet_hub():
+        with quiet("huggingface_hub"):
             return Path(hf_hub_download(repository, file, local_files_only=offline))
     except (OSError, ValueError) as error:
         how = "model.offline is true, and it is not in the hub's local copy" if offline else first_line(error)
@@ -77,17 +77,12 @@ def commit_of(path: Path) -> str:
 
 
 @contextmanager
-def quiet(library: str) -> Iterator[None]:
-    """Silence a library's warnings, which would precede the one line of our error, or name packages that are not needed."""
+def quiet(library: str, *, below: int = logging.ERROR) -> Iterator[None]:
+    """Silence a library's messages below a level: they would precede the one line of our error, or say less than ours."""
     log = logging.getLogger(library)
     level = log.level
-    log.setLevel(logging.ERROR)
+    log.setLevel(below)
     try:
         yield
     finally:
         log.setLevel(level)
-
-
-def quiet_hub() -> AbstractContextManager[None]:
-    """Silence the hub's warnings about retries."""
-    return quiet("huggingface_hub")

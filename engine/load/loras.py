@@ -22,7 +22,7 @@ from engine.adapters.base import EXPERTS
 from engine.config import ModelConfig, split_expert, split_scale
 from engine.errors import UserError, first_line, is_out_of_memory
 from engine.load.experts import check_side, expert_of
-from engine.load.hub import FLOATS, commit_of, fetch_file, hub_file
+from engine.load.hub import FLOATS, commit_of, fetch_file, hub_file, quiet
 from engine.load.weights import broken_file, build_part
 from engine.paths import SHIPPED, expand
 
@@ -76,7 +76,7 @@ class Lora:
 
     def converted(self, adapter: ModelAdapter) -> dict[str, Tensor]:
         """Its tensors by diffusers' names; UserError for a layout that diffusers does not read."""
-        with self._faults(), quiet_diffusers():
+        with self._faults(), quiet("diffusers", below=logging.CRITICAL):
             return adapter.pipeline_class.lora_state_dict(dict(self.tensors))
 
     def dropped(self, adapter: ModelAdapter) -> dict[str, float]:
@@ -148,7 +148,7 @@ class Lora:
         transformer = getattr(pipe, self.expert)
         wanted = set(self.check(adapter, transformer.config, where))
         second = {} if self.expert == EXPERTS[0] else {"load_into_transformer_2": True}
-        with self._faults(), quiet_diffusers():
+        with self._faults(), quiet("diffusers", below=logging.CRITICAL):
             pipe.load_lora_weights(
                 str(self.path.parent),
                 weight_name=self.path.name,
@@ -201,18 +201,6 @@ def describe_loras(
                 f"zero (up to {value:.3g}, {key})"
             )
     return notes
-
-
-@contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Silence the warnings of diffusers about tensors; `Lora.check` and `Lora.dropped` report more."""
-    log = logging.getLogger("diffusers")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _mismatch(layer: str, parts: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from diffusers.hooks import apply_group_offloading
 from packaging.version import Version
 from safetensors import SafetensorError
 
@@ -16,7 +17,6 @@ from engine.adapters.base import EXPERTS
 from engine.config import ModelConfig
 from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError, first_line, is_out_of_memory
-from engine.load.block_offload import offload_blocks
 from engine.load.checkpoint import Checkpoint, find_adapter, open_checkpoint
 from engine.load.convolutions import use_onednn
 from engine.load.experts import check_sides
@@ -101,6 +101,19 @@ def load_pipeline(
     if with_text and text_device == "model":
         pipe.text_encoder.to(device)
     return pipe
+
+
+def offload_blocks(pipe: DiffusionPipeline, experts: Sequence[str], *, device: torch.device, with_text: bool) -> None:
+    """Keep the transformers' blocks on the CPU, and bring each to the device while it runs; `with_text` the text encoder's as well.
+
+    On CUDA the next block of a transformer is copied on a stream of its own from pinned memory while one runs. What is outside the
+    blocks, such as embeddings, comes for as long as the whole forward. Values stay as they are, and every rank does the same.
+    """
+    groups = {"onload_device": device, "offload_device": torch.device("cpu"), "offload_type": "block_level"}
+    for name in experts:
+        getattr(pipe, name).enable_group_offload(**groups, num_blocks_per_group=1, use_stream=device.type == "cuda")
+    if with_text:  # once a prompt: not worth a pinned copy
+        apply_group_offloading(pipe.text_encoder, **groups, num_blocks_per_group=1, block_modules=["encoder"])
 
 
 def _load_beside_encoders(checkpoint: Checkpoint, loaded: Mapping[str, bool]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ files hold quantised weights, which stay so: a layer's are made whole while it r
 """
 
 import importlib
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,8 +25,7 @@ from engine.adapters.base import EXPERTS
 from engine.config import ModelConfig, split_expert
 from engine.errors import UserError, first_line
 from engine.load.experts import check_side, expert_of
-from engine.load.hub import FLOATS, fetch_file, hub_file
-from engine.load.loras import quiet_diffusers
+from engine.load.hub import FLOATS, fetch_file, hub_file, quiet
 from engine.load.quantised import require_package
 from engine.load.weights import broken_file, compare_part, lfs_pointer, read_config
 from engine.paths import expand
@@ -79,7 +79,7 @@ class SingleFile:
     def _load_gguf(self, adapter: ModelAdapter, folder: Path, part: str, dtype: torch.dtype) -> Any:
         """Load the transformer of a GGUF file: matrices as they are, all else in the dtype that a folder would give it."""
         whole = importlib.import_module("diffusers.quantizers.gguf.utils").dequantize_gguf_tensor
-        with quiet_diffusers():  # which tells of each matrix that it keeps in fp32
+        with quiet("diffusers", below=logging.CRITICAL):  # which tells of each matrix that it keeps in fp32
             tensors = {
                 key: tensor if key in self.quantised else whole(tensor)
                 for key, tensor in load_gguf_checkpoint(str(self.path)).items()

@@ -20,7 +20,7 @@ from engine.config import ModelConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError, first_line
 from engine.given.frames import GivenFrames, Places
 from engine.load.checkpoint import spec_of
-from engine.load.hub import quiet_hub
+from engine.load.hub import quiet
 from engine.load.pipeline import faults_of
 from engine.load.quantised import FP8, is_matrix, store, torchao_bytes
 from engine.load.weights import build_part, read_config
@@ -309,7 +309,7 @@ def _read_folder(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _fetch(name: str, revision: str | None) -> dict[str, dict[str, Any]]:
     try:
-        with quiet_hub():
+        with quiet("huggingface_hub"):
             return _read_hub(name, revision, local=False)
     except OSError as error:
         known = ", ".join(PUBLISHED)

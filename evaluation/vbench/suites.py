@@ -6,8 +6,6 @@ files are those of Vchitect/VBench at commit 45e79ec.
 
 import difflib
 import hashlib
-import shutil
-import subprocess
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import NamedTuple
 
 from engine.batch.suite import Prompt, Suite
 from engine.errors import UserError
+from engine.paths import git_revision
 from engine.text.prompt_files import split_lines
 
 PREFIX = "vbench:"
@@ -114,15 +113,8 @@ def select_lines(counts: dict[str, int], size: int) -> list[tuple[str, int]]:
 
 def checkout_commit(checkout: Path) -> str | None:
     """The commit of a git checkout, with `+changes` if tracked files differ from it; None where git cannot tell."""
-    if shutil.which("git") is None or not (checkout / ".git").exists():
-        return None
-    revision, status = (
-        subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, text=True, check=False)
-        for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-    )
-    if revision.returncode or status.returncode:
-        return None
-    return revision.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+    found = git_revision(checkout)
+    return None if found is None else found["revision"] + "+changes" * found["modified"]
 
 
 class _Reader:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from engine import record as module
+from engine.paths import git_revision
 from engine.record import (
     PACKAGE,
     describe_device,
     describe_video,
-    git_revision,
     peak_memory,
     running_revision,
     versions,
@@ -151,7 +151,7 @@ def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.Monk
 
 def test_the_revision_is_the_checkout_s_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "REPOSITORY", tmp_path)
-    assert git_revision() is None
+    assert git_revision(tmp_path) is None
 
     def git(*words: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
@@ -160,18 +160,18 @@ def test_the_revision_is_the_checkout_s_or_nothing(tmp_path: Path, monkeypatch: 
         ).stdout.strip()
 
     git("init", "-q")
-    assert git_revision() is None  # no commit yet
+    assert git_revision(tmp_path) is None  # no commit yet
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("commit", "-q", "-m", "one")
-    assert git_revision() == {"revision": git("rev-parse", "HEAD"), "modified": False}
+    assert git_revision(tmp_path) == {"revision": git("rev-parse", "HEAD"), "modified": False}
     running_revision.cache_clear()  # of this process, which asked before
     begun = running_revision()
-    assert begun == git_revision()
+    assert begun == git_revision(tmp_path)
     (tmp_path / "file").write_text("2")
-    assert git_revision() == {"revision": git("rev-parse", "HEAD"), "modified": True}
+    assert git_revision(tmp_path) == {"revision": git("rev-parse", "HEAD"), "modified": True}
     assert running_revision() == begun  # what runs was read before
     running_revision.cache_clear()
 
-    monkeypatch.setattr(module.shutil, "which", lambda name: None)
-    assert git_revision() is None
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert git_revision(tmp_path) is None

@@ -18,7 +18,7 @@ from engine.adapters.published import PUBLISHED
 from engine.config import MethodConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.load.block_offload import offload_blocks
+from engine.load.pipeline import offload_blocks
 from engine.planner.choose import _placements, choose
 from engine.planner.gpu import read_gpu
 from engine.planner.model import ModelSpec, Stored, read_model
