@@ -85,11 +85,20 @@ def spread_queries(shape: Shape, device: torch.device, most: int = CHECKED_QUERI
 
 def exact_branches(shape: Shape, qkv: QKV, queries: Tensor) -> Branches:
     """Both branches of these queries in fp64."""
+    parts = exact_parts(shape, qkv, queries)
+    return parts["local out"], parts["global out"]
+
+
+def exact_parts(shape: Shape, qkv: QKV, queries: Tensor) -> dict[str, Tensor]:
+    """out [1, Q, N, D] and lse [1, Q, N] of both branches in fp64."""
     q, k, v = qkv[0][:, queries].double(), qkv[1].double(), qkv[2].double()
     logits = torch.einsum("bsnd,bknd->bnsk", q, k) / shape.head_dim**0.5
     local = logits.masked_fill(~window_mask(shape, queries), float("-inf"))
-    out_local, out_global = (torch.einsum("bnsk,bknd->bsnd", x.softmax(-1), v) for x in (local, logits))
-    return out_local, out_global
+    parts = {}
+    for branch, seen in (("local", local), ("global", logits)):
+        parts[f"{branch} out"] = torch.einsum("bnsk,bknd->bsnd", seen.softmax(-1), v)
+        parts[f"{branch} lse"] = seen.logsumexp(-1).transpose(1, 2)
+    return parts
 
 
 def peak_memory(call: Callable[[], Branches], device: torch.device) -> tuple[float, Branches]:

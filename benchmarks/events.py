@@ -15,17 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.videos import (
-    Video,
-    made_with,
-    make_missing,
-    options,
-    read_kept,
-    report_path,
-    sampler_of,
-    with_kept,
-    write_report,
-)
+from benchmarks.videos import Video, options, report_on
 from engine.engine import LongVideoEngine
 from evaluation.study.timelines_and_extensions import JOINED, timelines
 from metrics.events import TextRange, measure, observe
@@ -107,14 +97,10 @@ def measured(lines: Sequence[Mapping[str, Any]]) -> list[Video]:
 
 
 def main() -> None:
-    """Make what is missing, and write and print the report on all lines with this sampler."""
+    """Make what is missing, and write and print the report."""
     args = options(__doc__, name="events", count="timelines", seeds=2).parse_args()
-    sampler = sampler_of(args)
-    kept = read_kept(args.kept, sampler)
-    make_missing(args.out, sampler, list_videos(args.count, args.seeds), make_video, kept)
-    videos = with_kept(measured(made_with(args.out, sampler)), kept)
     lengths = sorted({EVENT * len(texts) + 1 for texts in draw_timelines(args.count)})
-    print(timelines(write_report(report_path(args), videos, lengths, sampler)))
+    print(timelines(report_on(args, list_videos(args.count, args.seeds), make_video, measured, lengths)))
 
 
 if __name__ == "__main__":

@@ -19,18 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.measure import ROOT
-from benchmarks.videos import (
-    MODELS,
-    Video,
-    made_with,
-    make_missing,
-    options,
-    read_kept,
-    report_path,
-    sampler_of,
-    with_kept,
-    write_report,
-)
+from benchmarks.videos import MODELS, Video, options, report_on
 from engine.engine import LongVideoEngine
 from engine.files.latents import save_latents
 from engine.given.frames import MAX_NOISE, GivenFrames
@@ -170,16 +159,13 @@ def _kind(prompt: str, seen: Mapping[str, Sequence[Any]]) -> str:
 
 
 def main() -> None:
-    """Make what is missing, and write and print the report on all lines with this sampler."""
+    """Make what is missing, and write and print the report."""
     parser = options(__doc__, name="extensions", count="extensions, at most 40", seeds=1, models=MODELS)
     args = parser.parse_args()
     if args.count > len(read_prompts()):
         parser.error(f"there are {len(read_prompts())} held-out prompts, --count is {args.count}")
-    sampler = sampler_of(args)
-    kept = read_kept(args.kept, sampler)
-    make_missing(args.out, sampler, list_videos(args.count, args.seeds, way=WAYS), make_video, kept)
-    videos = with_kept(measured(made_with(args.out, sampler)), kept)
-    print(extensions(write_report(report_path(args), videos, [LENGTH], sampler)))
+    videos = list_videos(args.count, args.seeds, way=WAYS)
+    print(extensions(report_on(args, videos, make_video, measured, [LENGTH])))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from engine.errors import UserError
 from engine.files.trees import finite_or_none
 from engine.files.whole import write_json
 from engine.load.checkpoint import open_checkpoint
+from engine.presets import read_preset
 from evaluation.comparison.store import CHECKPOINT_DIGITS
 from evaluation.study.reports import report_name
-from launch.cli.parser import parse_run
 
 Video = Mapping[str, Any]
 """What tells a video from the others of its file: its number, seed, steps and so on."""
@@ -76,11 +76,26 @@ def make_missing(
             file.flush()
 
 
+def report_on(
+    args: argparse.Namespace,
+    videos: Iterable[Video],
+    make: Callable[[LongVideoEngine, Video], dict[str, Any]],
+    measured: Callable[[Sequence[Mapping[str, Any]]], Sequence[Video]],
+    num_frames: Sequence[int],
+) -> dict[str, Any]:
+    """Make what is missing, and write and return the report on all lines with this model and sampler."""
+    sampler = sampler_of(args)
+    kept = read_kept(args.kept, sampler)
+    make_missing(args.out, sampler, videos, make, kept)
+    found = with_kept(measured(made_with(args.out, sampler)), kept)
+    return write_report(report_path(args), found, num_frames, sampler)
+
+
 def open_engine(steps: int, guidance: float, model: str = MODELS[0]) -> LongVideoEngine:
     """An embedded model with so many steps and this guidance scale, on the CPU."""
-    words = [f"--config=configs/{model.replace('/', '-')}.yaml", "--output.progress=off", "--model.device=cpu"]
-    words += [f"--sampler.num_steps={steps}", f"--sampler.guidance_scale={guidance}"]
-    return LongVideoEngine(parse_run(words, name="benchmark", description="", add_arguments=lambda _: None)[1])
+    settings = {"sampler.num_steps": steps, "sampler.guidance_scale": guidance}
+    always = {"output.progress": "off", "model.device": "cpu"}
+    return LongVideoEngine(read_preset(model.replace("/", "-"), settings=settings | always))
 
 
 def read(path: Path) -> list[dict[str, Any]]:

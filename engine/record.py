@@ -24,6 +24,7 @@ from engine.paths import REPOSITORY, git_revision
 from freespec.kernels import resolve_dual
 
 PACKAGE = "freespec-engine"
+_OTHERS = "diffusers transformers peft torchao gguf av flash-attn-3 sageattention xfuser".split()
 
 # Settings in which a call may differ from the configuration; records and metadata have them once, by themselves.
 _OF_A_CALL = ("seed", "negative_prompt")
@@ -171,20 +172,7 @@ def _processor() -> str:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that affect the result."""
-    return {"python": platform.python_version(), "torch": torch.__version__} | versions_of(
-        (
-            PACKAGE,
-            "diffusers",
-            "transformers",
-            "peft",
-            "torchao",
-            "gguf",
-            "av",
-            "flash-attn-3",
-            "sageattention",
-            "xfuser",
-        )
-    )
+    return {"python": platform.python_version(), "torch": torch.__version__} | versions_of((PACKAGE, *_OTHERS))
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str | None]:

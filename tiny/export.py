@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tiny.families import Family
-from tiny.families.base import build_tokenizer
+from tiny.families.base import assemble_pipeline, build_tokenizer
 from tiny.latents import load_latents
 from tiny.state import load_average, training_record
 
@@ -20,7 +20,7 @@ def build_pipeline(family: Family, work: Path) -> DiffusionPipeline:
     load_average(vae, work / "decoder.safetensors")
     denoiser = family.build_denoiser(len(build_tokenizer(family.pipeline_text_length)))
     load_average(denoiser, work / "flow.safetensors")
-    return family.build_pipeline(vae, denoiser)
+    return assemble_pipeline(family, vae, denoiser)
 
 
 def export(family: Family, work: Path, target: Path) -> None:

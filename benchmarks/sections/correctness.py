@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention import spread_queries, window_mask
+from benchmarks.attention import exact_parts, spread_queries
 from benchmarks.fusion import falling_branches, fuse_call, weights_of
 from benchmarks.measure import QKV, Shape, relative_error
 from benchmarks.sections.bench import Bench
@@ -68,18 +68,6 @@ def compare(bench: Bench, name: str, shape: Shape, layers: dict[str, WindowedAtt
     for each, layer in layers.items():
         found, why = bench.attempt(lambda layer=layer: errors(layer, qkv, queries, exact))
         bench.record(name, bench.results[name] | {each: found if found is not None else {"does not run": why}})
-
-
-def exact_parts(shape: Shape, qkv: QKV, queries: Tensor) -> dict[str, Tensor]:
-    """out [1, Q, N, D] and lse [1, Q, N] of both branches in fp64."""
-    q, k, v = qkv[0][:, queries].double(), qkv[1].double(), qkv[2].double()
-    logits = torch.einsum("bsnd,bknd->bnsk", q, k) / shape.head_dim**0.5
-    local = logits.masked_fill(~window_mask(shape, queries), float("-inf"))
-    parts = {}
-    for branch, seen in (("local", local), ("global", logits)):
-        parts[f"{branch} out"] = torch.einsum("bnsk,bknd->bsnd", seen.softmax(-1), v)
-        parts[f"{branch} lse"] = seen.logsumexp(-1).transpose(1, 2)
-    return parts
 
 
 def errors(layer: WindowedAttention, qkv: QKV, queries: Tensor, exact: dict[str, Tensor]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tiny import state
 from tiny.attention import cpu_attention
 from tiny.export import export
 from tiny.families import FAMILIES
-from tiny.families.base import TEXT_LENGTH, load_pipeline
+from tiny.families.base import TEXT_LENGTH, assemble_pipeline, load_pipeline
 from tiny.state import StagePlan, torch_rng
 from tiny.train import STAGES, Plan, run_stage
 from tiny.train_flow import flow_batch
@@ -110,7 +110,7 @@ def test_the_export_is_a_pipeline(family, unbroken, tmp_path):
 def test_training_calls_the_model_as_the_pipeline_does(family):
     """Same text, same latents, same level: the first forward of the stock pipeline is the one that training learns."""
     torch.manual_seed(0)
-    pipe = family.build_pipeline(family.build_vae(), family.build_denoiser(60))
+    pipe = assemble_pipeline(family, family.build_vae(), family.build_denoiser(60))
     denoiser = family.build_denoiser(60)
     denoiser.transformer, denoiser.text_encoder = pipe.transformer, pipe.text_encoder
     torch.nn.init.normal_(pipe.transformer.proj_out.weight)
@@ -142,7 +142,7 @@ def test_a_given_first_frame_enters_as_in_the_image_pipeline():
     """The first forward of LTXImageToVideoPipeline is the one that training learns of a clip with a given first frame."""
     family = FAMILIES["ltx"]
     torch.manual_seed(0)
-    text_pipe = family.build_pipeline(family.build_vae(), family.build_denoiser(60))
+    text_pipe = assemble_pipeline(family, family.build_vae(), family.build_denoiser(60))
     pipe = LTXImageToVideoPipeline(**text_pipe.components)
     denoiser = family.build_denoiser(60)
     denoiser.transformer, denoiser.text_encoder = pipe.transformer, pipe.text_encoder

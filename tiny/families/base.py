@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 from transformers import T5Tokenizer
 
@@ -35,8 +35,12 @@ TEXT_ENCODER = {
 class Denoiser(nn.Module):
     """Transformer and text encoder as one module, since they are trained together."""
 
-    transformer: nn.Module
-    text_encoder: nn.Module
+    def __init__(self, transformer: nn.Module, text_encoder: nn.Module) -> None:
+        """The output layer starts at zero, so that training starts from no velocity."""
+        super().__init__()
+        self.transformer, self.text_encoder = transformer, text_encoder
+        nn.init.zeros_(transformer.proj_out.weight)
+        nn.init.zeros_(transformer.proj_out.bias)
 
     def encode_text(self, token_ids: Tensor, mask: Tensor, text_length: int) -> Any:
         """Token ids and mask [B, k] -> what `forward` takes as text, padded to `text_length` as the pipeline does."""
@@ -75,13 +79,13 @@ class Family(Protocol):
         """The autoencoder; `mean` and `std` [z] of its latents are what the pipeline normalises them with."""
 
     def build_denoiser(self, vocab_size: int) -> Denoiser:
-        """Transformer and text encoder; the output layer starts at zero, so that training starts from no velocity."""
+        """Transformer and text encoder with random weights."""
 
     def blocks(self, denoiser: Denoiser) -> nn.ModuleList:
         """The transformer's blocks: compiled in training, and trained with Muon."""
 
-    def build_pipeline(self, vae: nn.Module, denoiser: Denoiser) -> DiffusionPipeline:
-        """The stock pipeline around trained parts."""
+    def build_scheduler(self) -> SchedulerMixin:
+        """The scheduler of the exported pipeline."""
 
     def sampling_arguments(self) -> dict[str, Any]:
         """What the pipeline's call needs beyond prompt, size, steps, guidance and generator."""
@@ -92,6 +96,17 @@ def build_tokenizer(max_length: int) -> T5Tokenizer:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0), (",", -2.0), (".", -2.0)]
     pieces += [(f"▁{word}", -2.0) for word in VOCABULARY]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=max_length)
+
+
+def assemble_pipeline(family: Family, vae: nn.Module, denoiser: Denoiser) -> DiffusionPipeline:
+    """The stock pipeline around trained parts."""
+    return family.pipeline(
+        tokenizer=build_tokenizer(family.pipeline_text_length),
+        text_encoder=denoiser.text_encoder.eval(),
+        vae=vae.eval(),
+        scheduler=family.build_scheduler(),
+        transformer=denoiser.transformer.eval(),
+    )
 
 
 def load_pipeline(family: Family, folder: Path) -> DiffusionPipeline:

@@ -12,7 +12,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from tiny.families.base import TEXT_DIM, TEXT_ENCODER, TEXT_LENGTH, Denoiser, build_tokenizer
+from tiny.families.base import TEXT_DIM, TEXT_ENCODER, TEXT_LENGTH, Denoiser
 
 LATENT_CHANNELS = 32
 FRAME_RATE = 16
@@ -25,8 +25,7 @@ class LtxDenoiser(Denoiser):
     """Every latent pixel is a token, and cross-attention is told which tokens of a text are padding."""
 
     def __init__(self, vocab_size: int) -> None:
-        super().__init__()
-        self.transformer = LTXVideoTransformer3DModel(
+        transformer = LTXVideoTransformer3DModel(
             in_channels=LATENT_CHANNELS,
             out_channels=LATENT_CHANNELS,
             num_attention_heads=4,
@@ -35,9 +34,7 @@ class LtxDenoiser(Denoiser):
             num_layers=5,
             caption_channels=TEXT_DIM,
         )
-        nn.init.zeros_(self.transformer.proj_out.weight)
-        nn.init.zeros_(self.transformer.proj_out.bias)
-        self.text_encoder = T5EncoderModel(T5Config(vocab_size=vocab_size, **TEXT_ENCODER))
+        super().__init__(transformer, T5EncoderModel(T5Config(vocab_size=vocab_size, **TEXT_ENCODER)))
 
     def encode_text(self, token_ids: Tensor, mask: Tensor, text_length: int) -> tuple[Tensor, Tensor]:
         """Token ids and mask [B, k] -> (states [B, text_length, TEXT_DIM], mask); the encoder sees the padding, as in LTXPipeline."""
@@ -105,21 +102,15 @@ class Ltx:
         """The transformer's blocks."""
         return denoiser.transformer.transformer_blocks
 
-    def build_pipeline(self, vae: nn.Module, denoiser: Denoiser) -> LTXPipeline:
-        """With the scheduler of LTX-Video 0.9, whose shift grows with the number of tokens."""
-        return LTXPipeline(
-            tokenizer=build_tokenizer(self.pipeline_text_length),
-            text_encoder=denoiser.text_encoder.eval(),
-            vae=vae.eval(),
-            scheduler=FlowMatchEulerDiscreteScheduler(
-                use_dynamic_shifting=True,
-                base_shift=0.95,
-                max_shift=2.05,
-                base_image_seq_len=1024,
-                max_image_seq_len=4096,
-                shift_terminal=0.1,
-            ),
-            transformer=denoiser.transformer.eval(),
+    def build_scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """That of LTX-Video 0.9, whose shift grows with the number of tokens."""
+        return FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_shift=0.95,
+            max_shift=2.05,
+            base_image_seq_len=1024,
+            max_image_seq_len=4096,
+            shift_terminal=0.1,
         )
 
     def sampling_arguments(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from tiny.families.base import FLOW_SHIFT, TEXT_DIM, TEXT_ENCODER, TEXT_LENGTH, Denoiser, build_tokenizer
+from tiny.families.base import FLOW_SHIFT, TEXT_DIM, TEXT_ENCODER, TEXT_LENGTH, Denoiser
 
 LATENT_CHANNELS = 8
 
@@ -16,8 +16,7 @@ class WanDenoiser(Denoiser):
     """Cross-attention sees the padding of a text, as zeros."""
 
     def __init__(self, vocab_size: int) -> None:
-        super().__init__()
-        self.transformer = WanTransformer3DModel(
+        transformer = WanTransformer3DModel(
             patch_size=(1, 2, 2),
             num_attention_heads=4,
             attention_head_dim=48,
@@ -31,9 +30,7 @@ class WanDenoiser(Denoiser):
             qk_norm="rms_norm_across_heads",
             rope_max_seq_len=1024,
         )
-        nn.init.zeros_(self.transformer.proj_out.weight)
-        nn.init.zeros_(self.transformer.proj_out.bias)
-        self.text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=vocab_size, **TEXT_ENCODER))
+        super().__init__(transformer, UMT5EncoderModel(UMT5Config(vocab_size=vocab_size, **TEXT_ENCODER)))
 
     def encode_text(self, token_ids: Tensor, mask: Tensor, text_length: int) -> Tensor:
         """Token ids and mask [B, k] -> [B, text_length, TEXT_DIM], padded with zeros as WanPipeline does."""
@@ -83,16 +80,10 @@ class Wan:
         """The transformer's blocks."""
         return denoiser.transformer.blocks
 
-    def build_pipeline(self, vae: nn.Module, denoiser: Denoiser) -> WanPipeline:
-        """With the scheduler class of Wan2.1, and the shift of the noise levels in training."""
-        return WanPipeline(
-            tokenizer=build_tokenizer(self.pipeline_text_length),
-            text_encoder=denoiser.text_encoder.eval(),
-            vae=vae.eval(),
-            scheduler=UniPCMultistepScheduler(
-                prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=FLOW_SHIFT
-            ),
-            transformer=denoiser.transformer.eval(),
+    def build_scheduler(self) -> UniPCMultistepScheduler:
+        """The class of Wan2.1's, with the shift of the noise levels in training."""
+        return UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=FLOW_SHIFT
         )
 
     def sampling_arguments(self) -> dict[str, Any]:
