@@ -216,19 +216,16 @@ class RayRanks:
         self._events: list[tuple[int, Event]] = []
         self._open: set[int] = set()
         self._processes: dict[int, Sequence[int]] = {}
-        # By generation and rank: when they were lost.
-        self._lost: dict[tuple[int, int], float] = {}
+        # By generation and rank: when they were lost, and their processes where this machine has them.
+        self._lost: dict[tuple[int, int], tuple[float, Sequence[int] | None]] = {}
         self._placed = self._killed = False
 
     @property
     def num_running(self) -> int:
         """See `RankProcesses`; a rank whose actor or bridge is lost counts until its end is seen, or LOST_SECONDS have passed."""
-        for (generation, rank), since in [*self._lost.items()]:
-            process = (
-                self._processes.get(rank) if self._pool.address == "local" and generation == self._generation else None
-            )
+        for key, (since, process) in [*self._lost.items()]:
             if time.monotonic() - since > LOST_SECONDS or (process is not None and not is_running(*process)):
-                del self._lost[generation, rank]
+                del self._lost[key]
         return (len(self._open) if self._pool.is_open else 0) + len(self._lost)
 
     def start(self, setup: Mapping[str, Any] | None) -> None:
@@ -277,12 +274,16 @@ class RayRanks:
         elif of["event"] == "exit":
             self._open.discard(rank)
             if of.get("lost"):
-                self._lost[start, rank] = time.monotonic()
+                self._note_lost(rank)
 
     def lose(self, why: str) -> None:
         """End all ranks with the bridge; `why` becomes their last line."""
         for rank in sorted(self._open):
             self._events.append((rank, {"event": "exit", "code": None, "pid": 0, "said": why, "tail": []}))
             if self._placed:
-                self._lost[self._generation, rank] = time.monotonic()
+                self._note_lost(rank)
         self._open = set()
+
+    def _note_lost(self, rank: int) -> None:
+        here = self._processes.get(rank) if self._pool.address == "local" else None
+        self._lost[self._generation, rank] = time.monotonic(), here
