@@ -524,6 +524,10 @@ class ModelAdapter(ABC):
         """The cross-attention module of every block, first block first."""
         return [block.attn2 for block in self.blocks(transformer)]
 
+    def check_texts(self, transformer: Any) -> None:
+        """Raise UserError for a transformer whose cross-attention attends to more than texts as to texts."""
+        return
+
     def cross_qkv(self, attn: Any, hidden: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Projected and normalised q [B, s, N, D] of hidden states [B, s, C], and k, v [B, K, N, D] of text [B, K, C]."""
         if getattr(attn, "fused_projections", False) and hasattr(attn, "to_kv"):  # not LTX's, which keeps both

@@ -111,9 +111,13 @@ class WanAdapter(ModelAdapter):
         self.check_index(dict(pipe.config) | now)
         configs = {name: _architecture(part.config) for name, part in self.experts(pipe).items()}
         first, *others = configs.values()
+        # Without projections of their own, pictures' tokens are attended as text: a method leaves that to diffusers.
+        added = first.get("added_kv_proj_dim") or first.get("image_dim")
         vae = {} if pipe.vae is None else pipe.vae.config  # a pipeline may have only what its steps need
         try:
-            self.video_spec(first, vae, {**pipe.config, "_class_name": _class_name(pipe)})
+            self.video_spec(
+                first | {"added_kv_proj_dim": added}, vae, {**pipe.config, "_class_name": _class_name(pipe)}
+            )
         except ValueError as error:
             raise UserError(str(error)) from error
         for other in others:
@@ -216,6 +220,15 @@ class WanAdapter(ModelAdapter):
         # The norms run over all heads jointly, hence before the split.
         q, k = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k)))
         return _rotate(q, *rotary), _rotate(k, *rotary), v
+
+    def check_texts(self, transformer: WanTransformer3DModel) -> None:
+        """See the base class."""
+        image_dim = transformer.config.image_dim
+        if image_dim is not None and transformer.config.added_kv_proj_dim is None:
+            raise UserError(
+                f"a timeline cannot tell texts from pictures in this transformer, which has image_dim {image_dim} and no "
+                "added_kv_proj_dim, and attends to both alike; leave the timeline out"
+            )
 
     def added_kv(self, attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class; honours `fuse_qkv_projections`."""

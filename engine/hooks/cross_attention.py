@@ -278,6 +278,8 @@ def install_timeline(
 
     A forward with any other number of text tokens than `num_texts` times `text_tokens` raises UserError.
     """
+    for part in transformers:
+        adapter.check_texts(part)
     modules = [attn for part in transformers for attn in adapter.cross_attention_modules(part)]
     if any(isinstance(attn.processor, TimelineProcessor) for attn in modules):
         raise UserError("the pipeline already has a timeline; call its handle's remove() first")

@@ -177,6 +177,23 @@ def test_a_method_and_a_timeline_on_a_pipeline(kind):
         assert relative(latents_of(pipe, **pictures, **handle.inputs), once) > 1e-4
 
 
+def test_pictures_attended_as_text(tmp_path):
+    """Without `added_kv_proj_dim`: a method leaves that to diffusers, a timeline cannot, and no published checkpoint has it."""
+    pipe = random_i2v("i2v")
+    config = {key: value for key, value in pipe.transformer.config.items() if key[0] != "_"}
+    pipe.register_modules(transformer=WanTransformer3DModel.from_config(config | {"added_kv_proj_dim": None}).eval())
+    call = {"image": Image.new("RGB", (48, 32), "red")}
+    stock = latents_of(pipe, **call)
+    assert not torch.equal(latents_of(pipe, image=Image.new("RGB", (48, 32), "blue")), stock)
+    with applied(pipe, method="direct"):
+        assert torch.equal(latents_of(pipe, **call), stock)
+    with applied(pipe):
+        assert not torch.equal(latents_of(pipe, **call), stock)
+    refused(lambda: apply_timeline(pipe, "a [0-12] | b [12-, cut]", fps=16), match="cannot tell texts from pictures")
+    pipe.save_pretrained(tmp_path)
+    refused(lambda: open_checkpoint(ModelConfig(path=str(tmp_path))).spec, match="and added_kv_proj_dim None")
+
+
 def latents_on_ranks(rank: int, case: Case) -> Tensor:
     """This rank's latents with the pictures that the case names, and weights shared by zero3 if its route says so; runs on every rank."""
     given, weights = parse_given(case.fault.split(), None), {"weights": "zero3"} if case.route == "shared" else {}
