@@ -1,16 +1,22 @@
-"""What the planner predicts of whole runs, for docs/predictions.md; nothing in it is measured."""
+"""What the planner predicts of whole runs, for docs/predictions.md and docs/memory.md; nothing in it is measured."""
 
 import functools
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.measure import ROOT
 from benchmarks.tables import table, verdict
 from engine.config import ModelConfig, RunConfig
+from engine.load.single_file import SingleFile
 from engine.planner.gpu import GpuSpec, read_gpu
 from engine.planner.memory import GIB
-from engine.planner.model import read_model
+from engine.planner.model import ModelSpec, read_model
 from engine.planner.plan import Case, Plan, plan
 from engine.presets import read_preset
 from freespec.methods import METHODS
@@ -20,6 +26,9 @@ GPUS = ("h200", "a100")
 EFFICIENCY_GOAL = 0.9
 LONG = {PRESETS[0]: (321, 641, 1281), PRESETS[2]: (481, 961, 1921)}  # frames
 LONG_FAR = 4096
+PAIR, PAIR_LENGTHS = "wan2.2-t2v-a14b", (81, 161, 321)  # frames
+PAIR_PLACES = ("cpu_offload", "block_offload")
+GGUF_BLOCKS = {"Q8_0": (32, 34), "Q4_K": (256, 144)}  # numbers and bytes of a block, in gguf's GGML_QUANT_SIZES
 MARKS = "abcdefgh"  # of footnotes
 
 
@@ -139,6 +148,48 @@ def long_videos() -> str:
                 )
     header = ["model", "frames", "GPUs", "cfg x ring x ulysses", "peak GiB", "freespec, min", "s per frame"]
     return table([*header, "direct, min", "freespec / direct", "efficiency, freespec"], rows)
+
+
+@functools.cache
+def pair_memory() -> str:
+    """The peak of Wan2.2 A14B on a card of 24 GB, full, in fp8, and with two GGUF files whose matrices in blocks are of one type."""
+    gpu = read_gpu("rtx4090")
+    config = read_preset(PAIR)
+    spec = read_model(config.model)
+    itemsize, full = 2, spec.weight_bytes(2)["transformer"]
+    fp8 = Case.of(replace(config, model=replace(config.model, storage="fp8")), spec, gpu=gpu, world_size=1)
+    stored: dict[str, dict[str, Any]] = {"bf16": {}, "`storage fp8`": {"storage": "fp8"}}
+    sizes = [full, spec.weight_bytes(itemsize, stored=fp8.stored[0])["transformer"]]
+    for kind in GGUF_BLOCKS:
+        num_bytes = gguf_bytes(spec, kind, itemsize)
+        sizes.append(num_bytes)
+        stored[f"GGUF {kind}"] = {"file_bytes": (num_bytes, num_bytes)}
+    rows = [["each transformer", *(f"{size / GIB:.1f}" for size in sizes)]]
+    for num_frames in PAIR_LENGTHS:
+        case = Case.of(replace(config, video=replace(config.video, num_frames=num_frames)), spec, gpu=gpu, world_size=1)
+        modes = case.modes
+        for place in PAIR_PLACES:
+            peaks = []
+            for change in stored.values():
+                one = replace(case, options=replace(case.options, weights=place, **change))
+                peak = one.memory((1, 1, 1), modes)[1]
+                peaks.append(f"{peak / GIB:.1f}" + ("" if one.fits(peak) else ", no"))
+            rows.append([f"{num_frames} frames, `{place}`", *peaks])
+    return table(["", *stored], rows)
+
+
+def gguf_bytes(spec: ModelSpec, kind: str, itemsize: int) -> int:
+    """Bytes of a transformer whose matrices inside blocks are of one type of GGUF, all else as numbers of `itemsize`."""
+    with torch.device("meta"):
+        made = spec.adapter.build("transformer", spec.configs["transformer"])
+    shapes = {key: tuple(tensor.shape) for key, tensor in made.state_dict().items()}
+    numbers, num_bytes = GGUF_BLOCKS[kind]
+    matrices = [
+        key for key in shapes if key.startswith("blocks.") and key.endswith(".weight") and len(shapes[key]) == 2
+    ]
+    quantised = {key: math.prod(shapes[key]) // numbers * num_bytes for key in matrices}
+    file = SingleFile(path=Path(f"{kind}.gguf"), parts=("transformer",), shapes=shapes, quantised=quantised)
+    return file.stored_bytes(itemsize)
 
 
 def predicted_minutes(row: dict[str, Any], name: str, marks: dict[str, str]) -> str:

@@ -1,5 +1,5 @@
-"""Write the tables of docs/performance.md (expected and measured), docs/predictions.md, docs/long-videos.md, docs/far-keys.md
-and docs/caches.md.
+"""Write the tables of docs/performance.md (expected and measured), docs/predictions.md, docs/long-videos.md, docs/far-keys.md,
+docs/caches.md and docs/memory.md.
 
 python -m benchmarks.report
 
@@ -20,7 +20,8 @@ from benchmarks.tables import NOT_MEASURED, Run, table, verdict
 from engine.files.tables import emptier
 
 PAGES = tuple(
-    ROOT / "docs" / name for name in ("performance.md", "predictions.md", "long-videos.md", "far-keys.md", "caches.md")
+    ROOT / "docs" / f"{name}.md"
+    for name in ("performance", "predictions", "long-videos", "far-keys", "caches", "memory")
 )
 BENCHMARKS: dict[str, Callable[[Run], str]] = {
     "attention": tables.attention,
@@ -123,6 +124,7 @@ def page_tables() -> dict[str, str]:
         "gpu": "\n\n".join(gpu_report.sections(gpu)),
         "predicted": predicted.predictions(),
         "predicted_long": predicted.long_videos(),
+        "predicted_pair": predicted.pair_memory(),
         "published": published_table(),
     }
 

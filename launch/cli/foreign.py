@@ -97,6 +97,9 @@ ANSWERS: dict[str, str] = {
         "lora loras lora_path lora_paths lora_dir lora_weights lora_scale lora_alpha lora_nickname use_relighting_lora": (
             "--model.loras '[FILE@SCALE, ...]' adds LoRAs to the weights; see docs/models.md"
         ),
+        "dit_high_noise high_noise_diffusion_model high_noise_model low_noise_model high_noise_model_path low_noise_model_path": (
+            "--model.single_file '[high:FILE, low:FILE]' replaces the two transformers; see docs/models.md"
+        ),
         "image images image_path img first_frame last_frame input_image input_image_path init_image start_image end_image "
         "image_or_video_path i2v conditioning_media_paths conditioning_start_frames input_media_path": (
             f"generate.py --given WHERE=FILE shows a picture at a moment of the video, such as first=FILE; {_GIVEN}"

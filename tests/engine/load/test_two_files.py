@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from benchmarks.predicted import GGUF_BLOCKS, gguf_bytes
 from engine.config import ModelConfig, RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
@@ -197,7 +198,8 @@ def test_the_planner_counts_each_file(pair: SimpleNamespace) -> None:
     assert planned(named(pair.gguf)).options.file_bytes == (high[0], low[1])
     assert high[0] == pytest.approx(held["transformer"], rel=0.15)
     assert low[1] == pytest.approx(held["transformer_2"], rel=0.15)
-    assert low[1] < high[0]
+    assert low[1] < high[0] == gguf_bytes(read_model(config_of(pair.bare).model), "Q8_0", 4)
+    assert all(gguf.GGML_QUANT_SIZES[Q[kind]] == sizes for kind, sizes in GGUF_BLOCKS.items())
     for place, expected in (("stay", high[0] + low[1]), ("leave", high[0])):
         kept = planned(named(pair.gguf), idle_expert=place).kept_weights(1)["transformer"]
         assert kept == pytest.approx(expected, abs=2000)  # each of its tensors' bytes is rounded down

@@ -57,6 +57,7 @@ GENERATE = {
     "--gpus 2": "did you mean --nproc 2?",
     "--enable-torch-compile": "did you mean --model.compile true?",
     "--attention-backend fa": "did you mean --attention.kernel fa?",
+    "--high-noise-diffusion-model a.gguf": "--model.single_file '[high:FILE, low:FILE]' replaces the two transformers",
     "--lora x": "--model.loras '[FILE@SCALE, ...]' adds LoRAs to the weights; see docs/models.md",
     "--output_dir out/": "did you mean --output.path out/video.mp4?",
     "-o x.mp4": "unknown setting -o; did you mean --output.path x.mp4?",
