@@ -22,6 +22,7 @@ from tests.launch.conftest import Run
 from tests.launch.forked import PATIENCE_SECONDS
 from tests.launch.test_batch import events_of, undisturbed, words
 from tests.launch.test_ranks import SCRIPT, assert_same, latents_of, prompted
+from tests.launch.test_serve import words as served
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
 pytestmark = pytest.mark.slow
@@ -179,7 +180,7 @@ def test_generate_on_ray_is_generate(cluster: str, wan_folder: Path, tmp_path: P
 def wait_for_ranks(process: subprocess.Popen[str], folder: Path | None) -> None:
     """Until a command has started two ranks and, with a folder, they have saved steps there."""
     until = time.monotonic() + PATIENCE_SECONDS
-    while len(ranks_on_ray()) < 2 or not (folder is None or list(folder.glob("*.snapshot.safetensors"))):
+    while len(ranks_on_ray()) < 2 or not (folder is None or list(folder.rglob("*.snapshot.safetensors"))):
         assert time.monotonic() < until
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.005)
@@ -200,6 +201,26 @@ def test_an_interrupted_command_ends_after_its_ranks(
     assert ranks_on_ray() == {}
     assert said.startswith("stopped"), said
     assert said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("as_a_member")
+def test_an_interrupted_service_continues_its_job(cluster: str, wan_folder: Path, tmp_path: Path) -> None:
+    """Ctrl-C with two ranks on the cluster: none is left, and the next start continues from the step that rank 0 saved."""
+    out, prompts = tmp_path / "out", tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    settings = {"ray": cluster, "nproc": 2, "prompts": prompts, "sampler.num_steps": 100}
+    command = [sys.executable, str(SCRIPT.with_name("serve.py")), *served(wan_folder, out, **settings)]
+    for left in (1, 0):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            wait_for_ranks(process, out)
+            if left == 0:
+                assert any(": done in " in line for line in process.stdout), process.stderr.read()
+            process.send_signal(signal.SIGINT)
+            said = process.stderr.read()
+        assert (process.returncode, said) == (130, f"stopped: {left} jobs are left; the same command continues\n")
+        assert ranks_on_ray() == {}
+    (sidecar,) = BatchFiles(root=out).sidecars()
+    assert json.loads(sidecar.read_text())["run"]["resumed_at"] > 0
 
 
 def status_of(pid: int) -> dict[str, str]:
