@@ -40,7 +40,7 @@ def options(
     parser.add_argument(
         "--report",
         type=Path,
-        help=f"default {name}.json there, {name}-ltx.json of tiny/ltx; docs/findings has the page's",
+        help=f"default benchmarks/results/{' or '.join(f'{report_name(name, model)}.json' for model in models)}; docs/findings has the page's",
     )
     parser.add_argument("--kept", type=Path, help="a report whose videos are not made again, and are in the new one")
     parser.set_defaults(name=name)

@@ -8,7 +8,7 @@ checkpoint that `takes_prefix`: those of a video to continue, or of a picture, n
 
 import contextlib
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ def lengths_with(given: GivenFrames | None, spec: VideoSpec, lengths: Iterable[i
 def count_begun(path: Path, spec: VideoSpec) -> int:
     """Latent frames of a video to continue, which is saved latents or a video file; UserError if it cannot be read."""
     if path.suffix == _LATENTS:
-        return load_latents(path)[0].shape[2]
+        return _read_latents(path, spec.latent_shape(spec.num_frames(1), 0, 0)[:2]).shape[2]
     return _whole_latents(_measured(path)[0], spec)
 
 
@@ -309,19 +309,22 @@ def _whole_latents(frames: int, spec: VideoSpec) -> int:
 
 
 def _load_begun(path: Path, spec: VideoSpec, height: int, width: int) -> Tensor:
-    latents = load_latents(path)[0].float()
-    wanted = spec.latent_shape(spec.num_frames(1), height, width)
-    if (
-        latents.dim() != 5
-        or (*latents.shape[:2], *latents.shape[3:]) != (*wanted[:2], *wanted[3:])
-        or not latents.numel()
-    ):
-        raise UserError(
-            f"--extend {path} holds latents of shape {list(latents.shape)}, and this video's are [{wanted[0]}, {wanted[1]}, F, "
-            f"{wanted[3]}, {wanted[4]}]; give latents of the same model and size"
-        )
+    batch, channels, _, *size = spec.latent_shape(spec.num_frames(1), height, width)
+    latents = _read_latents(path, (batch, channels), size).float()
     if not latents.isfinite().all():
         raise UserError(f"--extend {path} holds numbers that are not finite; make it again")
+    return latents
+
+
+def _read_latents(path: Path, first: Sequence[int], size: Sequence[int] | None = None) -> Tensor:
+    """Latents [*first, F, *size] to continue, of any size if none is given; UserError for others."""
+    latents = load_latents(path)[0]
+    shape = list(latents.shape)
+    if len(shape) != 5 or shape[:2] != list(first) or (size and shape[3:] != list(size)) or not latents.numel():
+        wanted = ", ".join(map(str, [*first, "F", *(size or ("h", "w"))]))
+        raise UserError(
+            f"--extend {path} holds latents of shape {shape}, and this video's are [{wanted}]; give latents of the same model and size"
+        )
     return latents
 
 

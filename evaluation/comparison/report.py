@@ -241,9 +241,8 @@ def _mixed_weights(measured: Sequence[Measured]) -> list[str]:
 
 def _weights(model: dict[str, Any]) -> dict[str, str]:
     """Return the origin of a record's weights: the commit, and the SHA-256 of each file by name."""
-    single = {
-        f"{key} {model[key]['name']}": model[key]["sha256"] for key in ("single_file", "single_file_2") if key in model
-    }
+    files = [(key, file) for key in ("single_file", "single_file_2") if (file := model.get(key))]
+    single = {f"{key} {file['name']}": file["sha256"] for key, file in files}
     commit = {"commit": model["commit"]} if "commit" in model else {}
     loras = {f"{lora['name']} at {lora['scale']:g}": lora["sha256"] for lora in model.get("loras", [])}
     return commit | model.get("sha256", {}) | single | loras

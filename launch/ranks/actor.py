@@ -34,7 +34,7 @@ class RankActor:
 
     def start(
         self, command: Sequence[str], environment: Mapping[str, str], log: str | None, cwd: str, lines: Sequence[str]
-    ) -> tuple[int, int | None] | None:
+    ) -> tuple[int, int] | None:
         """See `RankHost.start`; `lines` are sent to the rank first. Returns what `wait_until_ended` takes."""
         self._host.start(command, environment, log=log, cwd=cwd)
         self._host.die_unless_polled(ORPHAN_SECONDS)
@@ -59,7 +59,10 @@ class RankActor:
         self._host.end()
 
 
-def wait_until_ended(pid: int, started: int | None) -> None:
-    """Return once this process of the node, with this start time, has ended."""
+def wait_until_ended(pid: int, started: int) -> None:
+    """Return once this process of the node, with this start time, has ended; TimeoutError after `ORPHAN_SECONDS`."""
+    last = time.monotonic() + ORPHAN_SECONDS
     while is_running(pid, started):
+        if time.monotonic() > last:
+            raise TimeoutError(f"process {pid} still runs after {ORPHAN_SECONDS:.0f} s")
         time.sleep(0.05)

@@ -103,9 +103,10 @@ class RankHost:
         return keeper is not None and keeper.is_alive() and (process is None or process.poll() is None)
 
     @property
-    def process(self) -> tuple[int, int | None] | None:
-        """Id and start time of the rank's process; None if it could not be started."""
-        return None if self._process is None else (self._process.pid, start_time(self._process.pid))
+    def process(self) -> tuple[int, int] | None:
+        """Id and start time of the rank's process; None if it could not be started, or has ended."""
+        started = None if self._process is None else start_time(self._process.pid)
+        return None if self._process is None or started is None else (self._process.pid, started)
 
     def listen(self, address: str) -> int:
         """Open the port of the rendezvous; the process that is started next inherits it."""

@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.files.latents import save_latents
 from engine.given.frames import MAX_NOISE, GivenFrames, GivenImage, parse_given
 from engine.given.image import read_image
-from engine.given.known import Known, check_given
+from engine.given.known import Known, check_given, count_begun
 from engine.media.read_video import read_video
 from engine.media.write_video import open_video
 from engine.ranks.layouts import Ranks
@@ -326,8 +326,11 @@ def test_what_does_not_fit_the_video_is_refused(folders, tmp_path, monkeypatch):
         refused("has 29 frames, and video.num_frames, which counts them, is 29; ask for more", [], file)
         begun(file, engine, 3)
         refused("lies in the frames of --extend", [f"first={tmp_path / 'a.png'}"], file)
-        save_latents(file, torch.zeros(1, 3, 2, 4, 6), {})
-        refused("holds latents of shape", [], file)
+        for shape in ((1, 3, 2, 4, 6), (24,), (engine.spec.channels, 2, 4, 6)):
+            save_latents(file, torch.zeros(shape), {})
+            refused("holds latents of shape", [], file)
+            with pytest.raises(UserError, match="holds latents of shape"):
+                count_begun(file, engine.spec)
         save_latents(file, torch.full_like(begun(tmp_path / "b", engine, 3), torch.nan), {})
         refused("not finite", [], file)
         with open_video(tmp_path / "b.mp4", fps=8, height=16, width=16, crf=20) as video:

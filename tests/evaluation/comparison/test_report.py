@@ -223,7 +223,7 @@ def test_videos_of_different_weights_are_named(comparison: Comparison) -> None:
     assert "weights" not in notes(before)
     # A checkpoint of the hub is told by its commit.
     hub = json.loads(before)
-    hub["run"]["model"] = {"path": "a/b", "commit": "d" * 40}
+    hub["run"]["model"] = {"path": "a/b", "commit": "d" * 40, "single_file": None}
     assert "commit dddddddddddd of 1, none of 25" in notes(json.dumps(hub))
     record.write_text(before)
 
