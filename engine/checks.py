@@ -77,11 +77,8 @@ def check_kernels(config: RunConfig, device: torch.device, dtype: torch.dtype) -
 
 def check_ranks(config: RunConfig, ranks: Ranks) -> None:
     """Raise UserError for ranks that cannot make the videos of a configuration."""
-    cfg, scale, provider = ranks.mesh.cfg.size, config.sampler.guidance_scale, config.parallel.provider
-    if cfg > 1 and scale <= 1.0:
-        raise UserError(
-            f"parallel.cfg is {cfg}, but sampler.guidance_scale {scale} runs one pass only; use parallel.cfg 1"
-        )
+    provider = config.parallel.provider
+    config.sampler.check_cfg(ranks.mesh.cfg.size)
     if (provider == "xfuser") != (ranks.hybrid is not None):
         raise UserError(
             f"parallel.provider is {provider}, but the ranks were joined for another one; make both from one configuration "

@@ -336,6 +336,13 @@ class SamplerConfig:
         """The guidance scales of the first and of the second transformer."""
         return self.guidance_scale, self.guidance_scale if self.guidance_scale_2 is None else self.guidance_scale_2
 
+    def check_cfg(self, cfg: int | None) -> None:
+        """Raise UserError for more ranks along the cfg axis than there are passes."""
+        _check(
+            cfg in (None, 1) or self.guidance_scale > 1.0,
+            f"parallel.cfg is {cfg}, but sampler.guidance_scale {self.guidance_scale} runs one pass only; use parallel.cfg 1",
+        )
+
     @property
     def levels(self) -> tuple[float, ...] | None:
         """The noise level at which each step begins, 1 for pure noise; None if the scheduler chooses them."""
@@ -671,6 +678,7 @@ class RunConfig:
             f"{self._noise_stride_name} {stride} is more than the {self.method.window_frames} frames of method.window_frames",
         )
         self._check_file()
+        self.sampler.check_cfg(self.parallel.cfg)
         check_far(self.attention.far, self.method.method, self.method.name, dual=self.attention.dual)
         check_rest_kernel(
             self.method.method, self.method.name, dual=self.attention.dual, complement=self.attention.complement

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
+# Of GiB, below which different numbers of bytes may look alike.
+MOST_DECIMALS = 11
 # Control characters except tab and newline, marks of writing direction, and surrogates (from names that are not UTF-8).
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -74,6 +76,15 @@ def describe_size(num_bytes: float) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"
     return f"{num_bytes:.0f} bytes"
+
+
+def apart(*sizes: float) -> list[str]:
+    """Bytes in GiB, with one decimal, or as many as it takes to show that different sizes differ."""
+    for decimals in range(1, MOST_DECIMALS):
+        texts = [f"{size / 2**30:.{decimals}f}" for size in sizes]
+        if len(set(texts)) == len(set(sizes)):
+            break
+    return texts
 
 
 def describe_seconds(seconds: float) -> str:

@@ -18,6 +18,7 @@ from engine.config import DecodeConfig
 from engine.decode.live_bytes import LiveBytes
 from engine.decode.pieces import clamp, decode_step, make_ready, open_decoder
 from engine.errors import UserError
+from engine.shown import apart
 from parallel.collectives import CollectiveTrace, gather_copies, ignore_bytes
 from parallel.mesh import Axis
 from parallel.shards import Range, length
@@ -239,11 +240,9 @@ def choose_mode(needs: Mapping[DecodeMode, int], *, free: Sequence[int]) -> tupl
     """
     room = {mode: min(free) if mode == "tiled" else free[0] for mode in needs}
     first, *others = needs
-    numbers = (
-        f"{_WORDS[first]} need about {needs[first] / GIB:.1f} GiB of the {free[0] / GIB:.1f} GiB free on rank 0"
-        + "".join(
-            f", {_WORDS[mode]} {needs[mode] / GIB:.1f} GiB of {room[mode] / GIB:.1f} GiB on a rank" for mode in others
-        )
+    shown = {mode: apart(needs[mode], room[mode]) for mode in needs}
+    numbers = f"{_WORDS[first]} need about {shown[first][0]} GiB of the {shown[first][1]} GiB free on rank 0" + "".join(
+        f", {_WORDS[mode]} {shown[mode][0]} GiB of {shown[mode][1]} GiB on a rank" for mode in others
     )
     fitting = next((mode for mode in needs if needs[mode] <= room[mode]), None)
     if fitting == first:

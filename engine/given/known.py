@@ -76,8 +76,9 @@ def check_given(
     """Check the given files without a model; returns notes for the user, one sentence each.
 
     Raises:
-        UserError: a picture is missing without which the checkpoint makes no video, a file cannot be read or has another size
-            or rate, the video to continue is as long as the new one, two files fill one latent frame, or no frame is left to make.
+        UserError: a picture is missing without which the checkpoint makes no video, or such a checkpoint is given a video to continue, a
+            file cannot be read or has another size or rate, the video to continue is as long as the new one, two files fill one latent
+            frame, or no frame is left to make.
     """
     check_places(given, spec, num_frames=num_frames, fps=fps)
     if given is None:
@@ -162,7 +163,13 @@ def _check_room(given: GivenFrames, spec: VideoSpec, *, num_frames: int, fps: in
 
 
 def check_needs(given: GivenFrames | None, spec: VideoSpec, *, num_frames: int, fps: int) -> None:
-    """Raise UserError for a checkpoint that was trained to be given pictures, without one of them."""
+    """Raise UserError for a checkpoint that was trained to be given pictures, without one of them or with a video to continue."""
+    if spec.needs and given is not None and given.extend is not None:
+        last = " and a picture as --given last=FILE" if "last" in spec.needs else ""
+        raise UserError(
+            f"--extend {given.extend} is refused: this checkpoint makes videos of pictures and cannot continue one; leave it out and "
+            f"give the video's last frame as --given first=FILE{last}, or choose a text-to-video checkpoint"
+        )
     there = {} if given is None else given.trained(num_frames=num_frames, fps=fps, pictures=spec.needs)
     missing = [place for place in spec.needs if place not in there]
     if missing and len(spec.needs) > spec.latent_shape(num_frames, 0, 0)[2]:

@@ -217,9 +217,22 @@ def _mismatch(layer: str, parts: Mapping[str, Tensor], shapes: Mapping[str, tupl
     return None
 
 
+def _is_here(name: str) -> bool:
+    return any((folder / name).exists() for folder in (Path(), SHIPPED)) or expand(name).exists()
+
+
 def _may_be_of_hub(name: str) -> bool:
-    here = any((folder / name).exists() for folder in (Path(), SHIPPED)) or expand(name).exists()
-    return not here and (hub_file(name) is not None or _HUB_NAME.fullmatch(name) is not None)
+    named = hub_file(name) is not None or _HUB_NAME.fullmatch(name) is not None
+    return named and not _is_here(name) and _without_number(name) is None
+
+
+def _without_number(name: str) -> tuple[str, str] | None:
+    """LoRA and scale of a name that is not here and ends with @ and no number; None for any other name."""
+    lora, at, scale = name.rpartition("@")
+    if not at or "/" in scale or _is_here(name):
+        return None
+    named = lora.endswith(".safetensors") or _HUB_NAME.fullmatch(lora) is not None or _is_here(lora)
+    return (lora, scale) if named else None
 
 
 def _find(given: str, config: ModelConfig) -> Lora:
@@ -232,6 +245,10 @@ def _find(given: str, config: ModelConfig) -> Lora:
             return Lora(path=_only_file(path), scale=scale, from_hub=False, expert=expert)
         if path.is_file():
             return Lora(path=path, scale=scale, from_hub=False, expert=expert)
+    if (unread := _without_number(name)) is not None:
+        raise UserError(
+            f"the scale of the LoRA {given} must be a number, got {unread[1]!r}; give {unread[0]}@1, or leave it out"
+        )
     hub = hub_file(name) or ((name, _USUAL) if _HUB_NAME.fullmatch(name) else None)
     if hub is None:
         raise UserError(

@@ -13,6 +13,7 @@ from engine.planner.memory import GIB
 from engine.planner.plan import MODES, Case, Plan, plan
 from engine.planner.providers import FixedDegrees, keeps
 from engine.ranks.layouts import describe
+from engine.shown import apart
 from freespec.methods import Mode
 
 MOST_DOUBLINGS = 5
@@ -135,9 +136,10 @@ def _describe_need(name: str, memory: Mapping[str, int], peak_bytes: int, case: 
     """Describe what the degrees called `name` need in GiB, and what there is."""
     parts = ", ".join(f"{part.replace('_', ' ')} {num / GIB:.1f}" for part, num in memory.items() if num)
     gpus = f"one {case.gpu.name}" if case.world_size == 1 else f"each of {case.world_size} {case.gpu.name}"
+    need, have = apart(peak_bytes, case.gpu.usable_gib * GIB)
     return (
-        f"does not fit: {name} needs {peak_bytes / GIB:.1f} GiB on {gpus}, where tensors can have "
-        f"{case.gpu.usable_gib:.1f} GiB ({parts}; decoding comes after denoising)"
+        f"does not fit: {name} needs {need} GiB on {gpus}, where tensors can have {have} GiB "
+        f"({parts}; decoding comes after denoising)"
     )
 
 

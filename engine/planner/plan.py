@@ -20,6 +20,7 @@ from engine.planner.model import FP32_BYTES, ModelSpec, Stored
 from engine.planner.providers import Support
 from engine.planner.timing import TERA, step_seconds
 from engine.ranks.layouts import refused_axes
+from engine.shown import apart
 from freespec.methods import METHODS, Method, Mode, make_method
 from freespec.methods.base import has_rest_kernel, names_frames, names_tiers
 from parallel.shards import length
@@ -486,7 +487,8 @@ def _why(p: Plan, plans: list[Plan], case: Case) -> str:
     """Describe why this plan has its place, compared with the first or the second."""
     best, method = plans[0], case.method.name
     if not p.fits:
-        return f"needs {p.peak_bytes / GIB:.1f} GiB of {case.gpu.usable_gib:.1f}"
+        need, have = apart(p.peak_bytes, case.gpu.usable_gib * GIB)
+        return f"needs {need} GiB of {have}"
     notes = _notes(p, next(mode for mode in MODES if mode in p.steps[method]), case)
     if p is not best:
         return f"predicted {p.run_seconds[method] / best.run_seconds[method]:.2f}x the time of {best.name}; {notes}"

@@ -1,9 +1,12 @@
-"""Warn before a run if all its steps are of one kind, as with few steps near pure noise."""
+"""Warn before a run if all its steps are of one kind, as with few steps near pure noise, or if a step cache skips none of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
 from engine.config import MethodConfig, RunConfig
+from engine.planner.cached import SCHEDULED
+from engine.planner.gpu import read_gpu
 from engine.planner.model import read_model
+from engine.planner.plan import Case
 from freespec.methods import Method, Mode
 
 _EVERY_TIMESTEP = tuple(float(t) for t in range(1000, 0, -1))
@@ -38,6 +41,32 @@ def describe_splits(config: RunConfig, methods: Mapping[str, MethodConfig] | Non
         if len(modes) == 1:
             others = " or ".join(_DOES[mode] for mode in both if mode not in modes)
             yield f"with {label} {_count(timesteps, _DOES[modes[0]])}, and none {others}{_advice(method, timesteps)}"
+
+
+def describe_unused_cache(config: RunConfig, methods: Mapping[str, MethodConfig] | None = None) -> list[str]:
+    """One sentence for the methods with which the schedule of the step cache skips no step; none for a cache that decides by values.
+
+    Args:
+        config: the run.
+        methods: the methods by label, if there are several.
+    """
+    sampler = config.sampler
+    if sampler.cache not in SCHEDULED:
+        return []
+    spec, unused = read_model(config.model), []
+    for label, method in (methods or {config.method.name: config.method}).items():
+        case = Case(
+            spec=spec, video=config.video, sampler=sampler, method=method, gpu=read_gpu("h200"), world_size=1
+        )  # no count depends on the GPU
+        if case.count_steps()[method.name] == case.count_steps(computed=True)[method.name]:
+            unused.append(label)
+    if not unused:
+        return []
+    steps = "the only step" if sampler.steps == 1 else f"each of the {sampler.steps} steps"
+    return [
+        f"sampler.cache {sampler.cache} reuses nothing with {' and '.join(unused)}: its schedule computes {steps}, and it is emptied where "
+        "the kind of step changes; use more steps, or sampler.cache none"
+    ]
 
 
 def _modes(method: Method, timesteps: Sequence[float]) -> list[Mode]:

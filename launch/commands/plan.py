@@ -15,6 +15,8 @@ from engine.planner.gpu import GpuSpec
 from engine.planner.memory import GIB
 from engine.planner.model import ModelSpec, read_model
 from engine.planner.plan import MODES, Case, Plan, plan
+from engine.planner.split import describe_unused_cache
+from engine.shown import apart
 from launch.arguments.plan import Arguments
 
 NOTE = "Every time is predicted from datasheets and assumed fractions of them (see `sources` in the GPU's file)."
@@ -24,7 +26,7 @@ def run(given: Arguments) -> None:
     """Plan, and print the chosen plan first."""
     config, spec = given.config, read_model(given.config.model)
     check_settings(config, spec)
-    notes = _look_at_given(given.given, config, spec)
+    notes = [*_look_at_given(given.given, config, spec), *describe_unused_cache(config)]
     case = Case.of(config, spec, gpu=given.gpu, world_size=given.gpus, given=given.given)
     plans = plan(case)
     parallel = config.parallel
@@ -147,7 +149,8 @@ def _weights(case: Case, best: Plan) -> list[str]:
 
 def _memory(best: Plan, gpu: GpuSpec) -> list[str]:
     parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in best.memory.items())
-    return [f"  peak memory: {best.peak_bytes / GIB:.1f} GiB of {gpu.usable_gib:.1f} for tensors (GiB: {parts})"]
+    need, have = apart(best.peak_bytes, gpu.usable_gib * GIB)
+    return [f"  peak memory: {need} GiB of {have} for tensors (GiB: {parts})"]
 
 
 def _cache(case: Case) -> list[str]:

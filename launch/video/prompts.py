@@ -10,7 +10,7 @@ from engine.given.known import check_given, check_needs
 from engine.load.checkpoint import open_checkpoint
 from engine.load.loras import describe_loras
 from engine.planner.cpu import describe_expected
-from engine.planner.split import describe_splits
+from engine.planner.split import describe_splits, describe_unused_cache
 from engine.text.prompts import Named, check_prompts
 from launch.ranks.join import DistContext
 
@@ -39,7 +39,8 @@ def look_at_prompts(
         where = checkpoint.folder / "transformer"
         for note in describe_loras(config.model, checkpoint.adapter, checkpoint.read("transformer/config.json"), where):
             print(f"note: {note}", flush=True)
-        for note in describe_splits(config, {each.label: each.config.method for each in variants}):
+        methods = {each.label: each.config.method for each in variants}
+        for note in [*describe_splits(config, methods), *describe_unused_cache(config, methods)]:
             print(f"note: {note}", flush=True)
         expected = describe_expected(config, num_prompts=len(prompts), ranks=ranks, given=given)
         if expected is not None:

@@ -361,13 +361,19 @@ def test_encoding_pictures_costs_what_torch_counts_and_its_memory_hardly_grows(f
     ) == (0, 0)
 
 
-def test_commands_without_pictures_say_so_before_anything_is_loaded(folders):
+def test_commands_without_pictures_say_so_before_anything_is_loaded(folders, given):
     config = config_of(folders["i2v"])
     refused(lambda: look_at_prompts(config, [("a prompt", PROMPT)]), match="give --given first=FILE")
     refused(lambda: look_at_given(config, None), match="give --given first=FILE")
-    for kind in PLACES:  # a video to continue is no picture
-        extended = partial(look_at_given, config_of(folders[kind]), GivenFrames(extend=folders[kind] / "none.mp4"))
-        refused(extended, match="no picture is given for the first")
+    for kind in PLACES:  # a video to continue is refused, with its pictures too
+        also = " and a picture as --given last=FILE" if kind == "flf2v" else ""
+        line = (
+            "none.mp4 is refused: this checkpoint makes videos of pictures and cannot continue one; leave it out and give the video's "
+            f"last frame as --given first=FILE{also}, or choose a text-to-video checkpoint"
+        )
+        for images in ((), given[kind].images):
+            extended = GivenFrames(images=images, extend=folders[kind] / "none.mp4")
+            refused(partial(look_at_given, config_of(folders[kind]), extended), match=f"^--extend .*{line}$")
 
 
 def test_pipelines_of_the_other_class_are_loaded_by_their_index(folders):

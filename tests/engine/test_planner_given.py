@@ -287,9 +287,17 @@ def test_a_video_to_continue_is_counted_where_its_file_is(
         (LTX, "--given 20=a.png --given 20=b.png", "--given 20 and 20 fall on one frame"),
         (LTX, "--given first=a.png --given 0=b.png", "--given first and 0 fall on one frame"),
         (LTX, "--extend x.mp4 --given first=a.png", "--given first=a.png lies in the frames of --extend x.mp4"),
-        (I2V, "--extend x.mp4", "no picture is given for the first frame"),
+        (
+            I2V,
+            "--extend x.mp4",
+            "--extend x.mp4 is refused: this checkpoint makes videos of pictures and cannot continue one",
+        ),
         (I2V, "--given last=a.png", "no picture is given for the first frame"),
-        (I2V, "--extend x.mp4 --given first=a.png", "lies in the frames of --extend x.mp4"),
+        (
+            I2V,
+            "--extend x.mp4 --given first=a.png",
+            "--extend x.mp4 is refused: this checkpoint makes videos of pictures",
+        ),
         (LTX, "--given 20=a.png --given 21=b.png --video.num_frames 41", None),
         (I2V, "--given first=a.png", None),
         (I2V, "", None),  # the pictures that it needs are counted

@@ -12,7 +12,7 @@ from engine.batch.journal import table
 from engine.files.locks import say_on_stderr
 from engine.paths import REPOSITORY
 from engine.progress import note
-from engine.shown import PrintableStream, printable, quoted
+from engine.shown import PrintableStream, apart, printable, quoted
 from launch.batching.terminal import Terminal
 from launch.process.stopping import say, show
 
@@ -37,6 +37,20 @@ def test_controls_become_escapes(text: str, shown: str) -> None:
     stream = io.StringIO()
     assert PrintableStream(stream).write(text) == len(text)
     assert stream.getvalue() == shown
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shown"),
+    [
+        ((1.26, 1.34), ["1.26", "1.34"]),
+        ((21.98, 22.02), ["21.98", "22.02"]),
+        ((21.0, 22.0), ["21.0", "22.0"]),
+        ((22.0, 22.0), ["22.0", "22.0"]),
+        ((100.0, 100.0 + 2**-30), ["100.000000000", "100.000000001"]),
+    ],
+)
+def test_different_sizes_look_different(sizes: tuple[float, float], shown: list[str]) -> None:
+    assert apart(*(size * 2**30 for size in sizes)) == shown
 
 
 @pytest.mark.parametrize("tell", [say, show, note, say_on_stderr])

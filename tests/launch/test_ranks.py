@@ -212,7 +212,10 @@ def test_ranks_start(start: str, wan_folder: Path, alone: torch.Tensor, tmp_path
         ({"vidoe.fps": 3}, "unknown setting vidoe.fps; did you mean video.fps?"),
         ({"model.path": "no/folder/here"}, "model.path 'no/folder/here'"),
         ({"parallel.ring": 3}, "2 ranks cannot be arranged with ring 3; possible are 1 x 2 x 1, "),
-        ({"parallel.cfg": 2, "sampler.guidance_scale": 1.0}, "2 ranks cannot be arranged with cfg 2"),
+        (
+            {"parallel.cfg": 2, "sampler.guidance_scale": 1.0},
+            "parallel.cfg is 2, but sampler.guidance_scale 1.0 runs one pass",
+        ),
         (
             {"parallel.provider": "deepspeed", "parallel.ulysses": 2, "video.height": 8, "video.width": 8},
             "parallel.provider deepspeed: ",

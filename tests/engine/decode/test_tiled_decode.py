@@ -325,6 +325,7 @@ def test_the_estimate_is_what_a_decode_takes(alone):
     [
         (4, 1, (5, 2), "whole", "exact, and it fits: whole frames need about 4.0 GiB of the 5.0 GiB free on rank 0"),
         (4, 1, (3, 9), "tiled", "whole frames do not fit: .* tiles 1.0 GiB of 3.0 GiB on a rank"),
+        (4.02, 1, (3.98, 9), "tiled", "whole frames need about 4.02 GiB of the 3.98 GiB free on rank 0"),
         (4, 4, (3,), "whole", "tiles over so few ranks need no less"),
     ],
 )

@@ -29,10 +29,11 @@ from engine.identity import latents_settings
 from engine.planner.gpu import read_gpu
 from engine.planner.model import read_model
 from engine.planner.plan import Case
-from engine.planner.split import describe_splits
+from engine.planner.split import describe_splits, describe_unused_cache
 from engine.ranks.layouts import Ranks
 from engine.schedulers import check_levels, make_scheduler, set_timesteps
 from freespec.methods import FreeSpec
+from launch.video.prompts import look_at_prompts
 from tests.engine.golden import PROMPT, mesh_of, relative, stop_run
 from tests.engine.test_schedulers import FLOW, SAVE, config_of
 from tests.loras import random_lora, save_lora
@@ -245,3 +246,26 @@ def test_split_with_all_steps_on_one_side_is_reported(tmp_path: Path) -> None:
         note.partition(" each")[0]
         for note in describe_splits(config, {each.label: each.config.method for each in variants})
     ] == ["with mine"]
+
+
+def test_a_schedule_that_skips_no_step_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """TaylorSeer computes three steps of a kind before it skips one; FreeSpec has two kinds here, `direct` one."""
+    few_steps, folder = {"timesteps": (1000.0, 937.5, 625.0, 500.0)}, SAVE[WAN](tmp_path / "wan")
+    config = few(WAN, folder, **few_steps, cache="taylorseer")
+    [note] = describe_unused_cache(config)
+    assert note == (
+        "sampler.cache taylorseer reuses nothing with freespec: its schedule computes each of the 4 steps, and it is emptied where the "
+        "kind of step changes; use more steps, or sampler.cache none"
+    )
+    methods = {"mine": config.method, "direct": MethodConfig(name="direct", window_frames=3)}
+    [of_two] = describe_unused_cache(config, methods)
+    assert "reuses nothing with mine:" in of_two
+    assert describe_unused_cache(config, {"direct": methods["direct"]}) == []
+    for ratios, said in ((1.0, 0), (3.0, 1)):  # whose errors are none, or beyond the threshold
+        assert (
+            len(describe_unused_cache(few(WAN, folder, **few_steps, cache="mag", cache_ratios=(ratios,) * 4))) == said
+        )
+    for cache in ("none", "first_block"):  # the latter decides by values
+        assert describe_unused_cache(few(WAN, folder, **few_steps, cache=cache)) == []
+    look_at_prompts(config, [("a prompt", PROMPT)])
+    assert capsys.readouterr().out.count(f"note: {note}\n") == 1

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -179,6 +180,13 @@ def test_names_are_checked_before_anything_is_read(folders: dict[str, Path], tmp
         if told:
             with pytest.raises(UserError, match=told):
                 model_config(folders["wan"], *names)
+    for name in ("someone/loras", "someone/loras/a.safetensors", "here.safetensors", tmp_path):
+        model = model_config(folders["wan"], f"{name}@abc")
+        line = f"the scale of the LoRA {name}@abc must be a number, got 'abc'; give {name}@1, or leave it out"
+        with pytest.raises(UserError, match=re.escape(line)):
+            check_settings(dataclasses.replace(few(WAN, folders["wan"]), model=model), read_model(model))
+    with pytest.raises(UserError, match="neither a file or folder here"):  # no scale
+        load_pipeline(model_config(folders["wan"], f"{tmp_path}/gone@v2/a.safetensors"), with_text=False)
     for name, told in {
         "lightx2v/Wan2.2-Distill-Loras/wan2.2_t2v_A14b_low_noise_lora.safetensors": "one of the two transformers of Wan2.2",
         str(tmp_path): "must hold one .safetensors file, and has no .safetensors file",
