@@ -5,8 +5,8 @@ BIN := .venv/bin
 ONE := OMP_NUM_THREADS=1 $(BIN)/python
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test test-slow test-gpu check compare analyze findings findings-page calibrate batch-demo serve-demo bench bench-gpu clean
-demo test test-slow test-gpu check compare analyze findings findings-page calibrate batch-demo serve-demo bench bench-gpu: setup
+.PHONY: setup demo test test-slow test-torchao test-gpu check compare analyze findings findings-page calibrate batch-demo serve-demo bench bench-gpu clean
+demo test test-slow test-torchao test-gpu check compare analyze findings findings-page calibrate batch-demo serve-demo bench bench-gpu: setup
 setup: .venv/.ready
 
 # torch first and by its exact version, so that pip takes a CPU build that it has at hand.
@@ -20,6 +20,10 @@ setup: .venv/.ready
 demo:          ; $(BIN)/python launch/demo.py
 test:          ; $(ONE) -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 test-slow:     ; $(BIN)/python -m pytest -m slow
+# In a folder of its own, because diffusers imports torchao in every process that can.
+test-torchao:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/torchao "$$(grep '^torchao==' constraints.txt)"
+	PYTHONPATH=.venv/torchao $(ONE) -m pytest tests/engine/load/test_quantised.py
 test-gpu:      ; $(BIN)/python -m pytest -m gpu
 check:
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 COLUMNS = ("Wan2.1", "Wan2.2 A14B", "Wan2.2 5B", "Wan of pictures", "LTX-Video")
 RANKS = "test_any_arrangement_of_ranks_makes_the_same_video"
+METHODS = "test_methods_on_ranks::test_two_ranks_make_the_video_of_one"
 STOCK = "test_the_engine_has_the_bits_of_the_stock_pipeline"
 KNOWN = "given/test_given::test_known_frames_keep_their_value_and_the_others_go_with_them"  # of pictures and of a video
 
@@ -13,6 +14,10 @@ SHARDED = "load/test_sharded_weights::test_two_ranks_make_the_video_of_whole_wei
 ONE_OF_TWO = "test_two_experts::test_settings_for_the_other_number_of_transformers"
 GGUF = "load/test_quantised::test_a_gguf_file_is_the_video_of_its_values"
 FP8 = "load/test_quantised::test_fp8_is_the_video_of_rounded_weights"
+PEAKS, WEIGHTS = (
+    f"test_planner_given::test_{what}_of_the_other_models_of_wan_are_within_15_percent" for what in ("peaks", "weights")
+)
+PUBLISHED = "load/test_single_file::test_files_of_the_real_sizes_fit_the_published_configurations"
 SINGLE = "load/test_single_file::test_every_tensor_is_that_of_the_folder"
 COMPILED = "test_compiled::test_no_block_writes_windows_out"  # of Wan and LTX-Video, by every method but one
 
@@ -25,9 +30,10 @@ TESTS: dict[str, tuple[str | tuple[str, ...], ...]] = {
         f"test_pictures::{STOCK}",
         "test_ltx::test_direct_is_the_stock_pipeline_bit_for_bit",
     ),
-    "FreeSpec on 2 and 3 ranks": tuple(
-        f"{file}::{RANKS}"
-        for file in ("test_ranks", "test_two_experts", "test_token_timesteps", "test_pictures", "test_ltx_ranks")
+    "every method on 2 ranks, FreeSpec on 3": (
+        f"test_ranks::{RANKS}",
+        *((METHODS, f"{file}::{RANKS}") for file in ("test_two_experts", "test_token_timesteps", "test_pictures")),
+        (METHODS, f"test_ltx_ranks::{RANKS}"),
     ),
     "timelines, `--given`": (
         (KNOWN, f"test_ranks::{RANKS}"),
@@ -64,6 +70,14 @@ TESTS: dict[str, tuple[str | tuple[str, ...], ...]] = {
         (f"test_pictures::{RANKS}", "test_compiled::test_videos_of_pictures"),
         (SHARDED, COMPILED),
     ),
+    "memory": (
+        "test_planner::test_peak_of_a_forward_is_within_15_percent_of_what_the_allocator_gave_out",
+        *((PEAKS, WEIGHTS),) * 3,
+        (
+            "test_planner_ltx::test_peak_of_a_forward_is_within_15_percent_of_what_the_allocator_gave_out",
+            "test_planner_given::test_peak_of_a_forward_with_pictures_is_within_15_percent_of_what_the_allocator_gave_out",
+        ),
+    ),
     "operations of a forward": (
         "test_planner::test_flops_of_the_stock_model_are_exactly_what_torch_counts",
         "test_two_experts::test_operations_are_those_of_one_transformer",
@@ -72,21 +86,22 @@ TESTS: dict[str, tuple[str | tuple[str, ...], ...]] = {
         "test_planner_ltx::test_flops_of_the_stock_model_are_exactly_what_torch_counts",
     ),
     "`model.single_file`": (
-        SINGLE,
-        ("load/test_two_files::test_two_files_are_the_video_of_the_folder", ONE_OF_TWO),
-        SINGLE,
-        (SINGLE, "load/test_two_files::test_every_tensor_is_that_of_the_folder"),
-        SINGLE,
+        (SINGLE, PUBLISHED),
+        ("load/test_two_files::test_two_files_are_the_video_of_the_folder", ONE_OF_TWO, PUBLISHED),
+        (SINGLE, PUBLISHED),
+        (SINGLE, "load/test_two_files::test_every_tensor_is_that_of_the_folder", PUBLISHED),
+        (SINGLE, PUBLISHED),
     ),
     "`model.storage`, GGUF": (
-        (GGUF, FP8),
-        (GGUF, FP8),
-        (GGUF, FP8),
+        (GGUF, FP8, "load/test_quantised::test_torchao_is_what_diffusers_loads_and_the_video_of_its_values"),
+        (GGUF, FP8, "load/test_quantised::test_torchao_is_the_video_of_its_values"),
+        (GGUF, FP8, "load/test_quantised::test_torchao_is_the_video_of_its_values"),
         (
+            "load/test_quantised::test_torchao_of_models_of_pictures",
             "load/test_quantised::test_gguf_files_of_models_of_pictures",
             "load/test_block_offload::test_videos_of_pictures",  # in fp8
         ),
-        (GGUF, FP8),
+        (GGUF, FP8, "load/test_quantised::test_torchao_is_what_diffusers_loads_and_the_video_of_its_values"),
     ),
     "`model.weights block_offload`": (
         "load/test_block_offload::test_the_video_of_resident_weights_in_every_layout",

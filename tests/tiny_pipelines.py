@@ -183,6 +183,35 @@ def random_ltx_vae(*, conditioned: bool = False, inject_noise: bool = False, see
     return vae.eval()
 
 
+def random_ltx_vae_095(*, seed: int = 0) -> AutoencoderKLLTXVideo:
+    """As 0.9.5 and later: four kinds of downsampling, and the 2048 channels before its last layer by which diffusers tells its file."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8, 16, 32, 256, 2048),  # each at most 2, 4 or 8 times the one before
+        decoder_block_out_channels=(8, 16, 32),
+        down_block_types=("LTXVideo095DownBlock3D",) * 4,
+        layers_per_block=(1, 1, 1, 1, 0),
+        decoder_layers_per_block=(1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, True, True),
+        decoder_spatio_temporal_scaling=(True, True, True),
+        decoder_inject_noise=(False,) * 4,
+        downsample_type=("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+        upsample_residual=(True,) * 3,
+        upsample_factor=(2,) * 3,
+        timestep_conditioning=True,
+        patch_size=2,
+        encoder_causal=True,
+        decoder_causal=False,
+        spatial_compression_ratio=16,
+        temporal_compression_ratio=8,
+    )
+    with torch.no_grad():
+        vae.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
+        vae.latents_std.copy_(torch.tensor([1.5, 0.7, 1.0, 2.0]))
+    return vae.eval()
+
+
 def random_ltx(
     *,
     heads: int = 4,

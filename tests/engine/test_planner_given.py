@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +28,7 @@ from engine.errors import UserError
 from engine.files.latents import save_latents
 from engine.given.frames import GivenFrames, Places, parse_given
 from engine.given.known import check_given
+from engine.hooks.apply import apply_method
 from engine.media.write_video import write_video
 from engine.planner.arrange import arrange_ranks
 from engine.planner.cached import SCHEDULED
@@ -40,11 +42,12 @@ from engine.planner.memory import GIB, cache_bytes, denoise_peak
 from engine.planner.model import ModelSpec, read_model
 from engine.planner.plan import Case, Options
 from engine.presets import read_preset
+from freespec.methods import Mode
 from launch.arguments.plan import read
 from launch.commands.plan import run
 from tests.engine.hooks.test_step_cache import CACHES, PROMPT, config_of
 from tests.engine.test_planner import profiled_peak
-from tests.tiny_pipelines import random_i2v, random_ltx, save_random_ltx, save_random_wan
+from tests.tiny_pipelines import random_i2v, random_ltx, random_ti2v, random_wan22, save_random_ltx, save_random_wan
 
 NAME = "Lightricks/LTX-Video-0.9.7-dev"
 ROOT = Path(__file__).parents[2]
@@ -52,6 +55,7 @@ LTX, I2V = (str(ROOT / "configs" / f"{name}.yaml") for name in ("ltx-video-13b-0
 TWO = Places(first=True, moments=(20, 56))
 SAMPLER = SamplerConfig(num_steps=40, guidance_scale=3.0, max_text_tokens=128)
 CPU = torch.device("cpu")
+WITH_PICTURES = {"i2v": "i2v", "flf2v": "flf2v", "i2v a14b": "a14b"}
 
 
 def layout_of(spec: ModelSpec, video: VideoConfig, given: Places, **more: Any) -> Layout:
@@ -127,6 +131,62 @@ def test_peak_of_a_forward_with_pictures_is_within_15_percent_of_what_the_alloca
     measured = profiled_peak(lambda: pipe.transformer(**inputs))
     parts = denoise_peak(layout, "global")
     assert parts["activations"] + parts["kv_copies"] == pytest.approx(measured, rel=0.15)
+
+
+WAN = {
+    "a14b": partial(random_wan22, heads=8, head_dim=16),
+    "5b": partial(random_ti2v, heads=8, head_dim=16),
+    **{kind: partial(random_i2v, name, heads=8, head_dim=16) for kind, name in WITH_PICTURES.items()},
+}
+
+
+@pytest.mark.parametrize("kind", WAN)
+@pytest.mark.parametrize(("mode", "method"), [("global", "direct"), ("dual", "freespec")])
+def test_peaks_of_the_other_models_of_wan_are_within_15_percent(
+    kind: str, mode: Mode, method: str, tmp_path: Path
+) -> None:
+    """Two transformers, a timestep of each token, channels and CLIP tokens of pictures: weights, and a forward of 31 latent frames."""
+    pipe = WAN[kind]()
+    pipe.save_pretrained(tmp_path)
+    spec, side = read_model(ModelConfig(path=str(tmp_path))), 192 if kind == "5b" else 96
+    config, pictures = pipe.transformer.config, {"i2v": 1, "flf2v": 2}.get(kind, 0)
+    video, sampler = VideoConfig(num_frames=121, height=side, width=side), SamplerConfig(max_text_tokens=512)
+    settings, given = MethodConfig(name=method, window_frames=9), Places(first=kind == "5b")
+    layout = lay_out(spec, (1, 1, 1), video, sampler, settings, itemsize=4, local_route="auto", given=given)
+    latents = torch.randn(1, config.in_channels, layout.frames, 24, 24)
+    text = torch.randn(1, layout.text - spec.image_tokens, config.text_dim)
+    tokens = torch.randn(pictures, 5, config.image_dim) if pictures else None
+    with apply_method(pipe, method=method, window_frames=9):
+        pipe.scheduler.set_timesteps(4)
+        pipe.scheduler.set_begin_index(0)
+        timestep = pipe.scheduler.timesteps[:1]
+        timestep = timestep.expand(1, layout.tokens) if kind == "5b" else timestep
+        call = (latents, timestep, text, tokens)
+        measured = profiled_peak(lambda: pipe.transformer(*call, return_dict=False))
+    parts = denoise_peak(layout, mode)
+    assert parts["activations"] + parts["kv_copies"] == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("kind", WAN)
+def test_weights_of_the_other_models_of_wan_are_within_15_percent(kind: str, tmp_path: Path) -> None:
+    """Of two transformers both while the idle one stays, and one while it leaves."""
+    WAN[kind]().save_pretrained(tmp_path)
+    config = config_with(tmp_path)
+    sampler = replace(config.sampler, max_text_tokens=512)
+    config = replace(config, model=replace(config.model, dtype="float32"), sampler=sampler)
+    case = Case.of(config, read_model(config.model), gpu=read_gpu("h200"), world_size=1)
+    with LongVideoEngine(config) as engine:
+        resident = engine.facts.model["resident_bytes"]
+    planned = case.memory((1, 1, 1), ["global"])[0]
+    assert case.placed((1, 1, 1), ["global"]).idle_expert == ("stay" if "transformer_2" in resident else None)
+    kept = sum(num_bytes for part, num_bytes in resident.items() if part != "text_encoder")
+    assert planned["weights"] == pytest.approx(kept, rel=0.15)
+    assert planned["text_encoder"] == pytest.approx(resident["text_encoder"], rel=0.15)
+    if "transformer_2" in resident:
+        leaves = replace(case, options=replace(case.options, idle_expert="leave"))
+        assert leaves.memory((1, 1, 1), ["global"])[0]["weights"] == pytest.approx(
+            kept - resident["transformer"], rel=0.15
+        )
 
 
 def kept_by_caches(engine: LongVideoEngine) -> int:

@@ -18,7 +18,7 @@ from tests.launch.forked import run_forked
 from tests.launch.test_ranks import latents_of
 from tests.loras import random_lora, save_lora
 from tests.original_layout import ltx_transformer, ltx_vae
-from tests.tiny_pipelines import random_i2v, random_ltx, random_ltx_vae, random_ti2v, random_wan, random_wan22
+from tests.tiny_pipelines import random_i2v, random_ltx, random_ltx_vae_095, random_ti2v, random_wan, random_wan22
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
@@ -34,10 +34,16 @@ class Small(NamedTuple):
 
 
 def random_ltx_condition() -> DiffusionPipeline:
-    """As 0.9.5 and later: a decoder with a timestep, and a shift that is fixed."""
+    """As 0.9.5 and later: their VAE, and a shift that is fixed."""
     pipe = random_ltx(dynamic_shift=False, shift_terminal=None)
-    pipe.register_modules(vae=random_ltx_vae(conditioned=True))
+    pipe.register_modules(vae=random_ltx_vae_095())
     return pipe
+
+
+def as_condition(folder: Path) -> None:
+    """Name the pipeline whose checkpoints were trained with conditions."""
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "LTXConditionPipeline"}))
 
 
 WAN, TI2V, LTX = (29, 32, 48), (29, 64, 96), (57, 64, 96)
@@ -67,8 +73,7 @@ def words_of(preset: str, folder: Path) -> list[str]:
     pipe, (frames, height, width) = small.make(), small.size
     pipe.save_pretrained(folder / "model")
     if preset.startswith("ltx-video-13b"):
-        index = folder / "model/model_index.json"
-        index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "LTXConditionPipeline"}))
+        as_condition(folder / "model")
     settings |= {"model.path": folder / "model", "method.window_frames": 3}
     settings |= {"video.num_frames": frames, "video.height": height, "video.width": width}
     settings |= small_files(config, pipe, folder)
@@ -91,7 +96,7 @@ def small_files(config: RunConfig, pipe: DiffusionPipeline, folder: Path) -> dic
         files["model.loras"] = f"[{', '.join(loras)}]"
     if config.model.single_file is not None:
         tensors = {ltx_transformer(key): x.contiguous() for key, x in pipe.transformer.state_dict().items()}
-        tensors |= {ltx_vae(key, "0.9.1"): x.contiguous() for key, x in pipe.vae.state_dict().items()}
+        tensors |= {ltx_vae(key, "0.9.5"): x.contiguous() for key, x in pipe.vae.state_dict().items()}
         files["model.single_file"] = folder / "ltxv.safetensors"
         safetensors.torch.save_file(tensors, folder / "ltxv.safetensors")
         for part in ("transformer", "vae"):  # which come from the file

@@ -160,6 +160,30 @@ def test_torchao_is_what_diffusers_loads_and_the_video_of_its_values(
     assert relative(made, video(config_of(folders[family]))) > 1e-3
 
 
+@needs_torchao
+@pytest.mark.parametrize("family", ["pair", "5b"])
+def test_torchao_is_the_video_of_its_values(folders: dict[str, Path], family: str) -> None:
+    """Of both transformers, and with a timestep of each token."""
+    config = config_of(folders[family], storage="torchao_int8")
+    made = video(config)
+    assert relative(made, video(config, make_whole)) < 1e-5
+    assert relative(made, video(config_of(folders[family]))) > 1e-3
+
+
+@needs_torchao
+@pytest.mark.parametrize("kind", ["i2v", "flf2v", "a14b"])
+def test_torchao_of_models_of_pictures(kind: str, tmp_path: Path) -> None:
+    random_i2v(kind, head_dim=16).save_pretrained(tmp_path / kind)
+    places = ("first", "last")[: 1 + (kind == "flf2v")]
+    pictures = [first_picture(tmp_path / f"{place}.png", 32, 48, where=place).images[0] for place in places]
+    given = GivenFrames(images=tuple(pictures))
+    plain = test_pictures.config_of(tmp_path / kind, frames=17)
+    config = dataclasses.replace(plain, model=dataclasses.replace(plain.model, storage="torchao_int8"))
+    made = video(config, given=given)
+    assert relative(made, video(config, make_whole, given)) < 1e-5
+    assert relative(made, video(plain, given=given)) > 1e-3
+
+
 def unpack(transformer: nn.Module) -> None:
     """Put plain layers in the place of a GGUF file's."""
     for part in list(transformer.modules()):
@@ -258,6 +282,8 @@ def test_ranks_make_the_video_of_one(folders: dict[str, Path], tmp_path: Path) -
     ]
     cases += [Case(str(folders["ltx"]), (1, 2, 1), "freespec", kind) for kind in storages]
     cases += [Case(str(folders["pair"]), degrees, "freespec", "gguf") for degrees in ((1, 1, 2), (2, 1, 1))]
+    if has_torchao:
+        cases += [Case(str(folders[name]), (1, 1, 2), "freespec", "torchao_int8") for name in ("pair", "5b")]
     for case, by_rank in zip(cases, run_ranks(2, on_ranks, cases, tmp_path), strict=True):
         expected = on_one_rank(case.config)
         assert all(torch.equal(latents, expected) for latents in by_rank), case

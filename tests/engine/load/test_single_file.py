@@ -26,6 +26,9 @@ LTX_VERSIONS = {
     "Lightricks/LTX-Video": "0.9.0",
     "diffusers/LTX-Video-0.9.1": "0.9.1",
     "Lightricks/LTX-Video-0.9.5": "0.9.5",  # and 0.9.6 dev
+    "Lightricks/LTX-Video-0.9.7-dev": "0.9.5",
+    "Lightricks/LTX-Video-0.9.7-distilled": "0.9.5",
+    "Lightricks/LTX-Video-0.9.8-13B-distilled": "0.9.5",
 }
 # Beside the weights: statistics that diffusers does not use.
 IGNORED = {"vae.per_channel_statistics.channel": (128,), "vae.per_channel_statistics.mean-of-stds": (128,)}
@@ -240,12 +243,23 @@ def originals(name: str) -> tuple[ModelAdapter, dict[str, tuple[int, ...]]]:
 KNOWN = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "head.modulation",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "head.modulation",
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": "blocks.0.cross_attn.k_img.weight",
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": "img_emb.proj.0.bias",
     "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": "img_emb.emb_pos",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": "head.modulation",
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": "head.modulation",
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "head.modulation",
     "Lightricks/LTX-Video": "vae.decoder.up_blocks.9.res_blocks.0.conv1.conv.weight",
     "diffusers/LTX-Video-0.9.1": "vae.decoder.last_time_embedder.timestep_embedder.linear_1.weight",
     "Lightricks/LTX-Video-0.9.5": "vae.decoder.last_scale_shift_table",
+    "Lightricks/LTX-Video-0.9.7-dev": "model.diffusion_model.transformer_blocks.47.scale_shift_table",
+    "Lightricks/LTX-Video-0.9.7-distilled": "vae.decoder.last_scale_shift_table",
+    "Lightricks/LTX-Video-0.9.8-13B-distilled": "vae.decoder.last_scale_shift_table",
 }
+
+
+def test_every_published_checkpoint_is_known() -> None:
+    assert set(KNOWN) == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("name", KNOWN)
