@@ -204,8 +204,8 @@ def _find_gpu(device: torch.device) -> GpuSpec | None:
 
 
 def match_gpu(name: str, known: Sequence[str]) -> str | None:
-    """Match a device name to a known GPU by whole words: "NVIDIA GeForce RTX 4090" is rtx4090."""
-    words = re.findall(r"[a-z0-9]+", name.lower())
+    """Match a device name to a known GPU by whole words: "NVIDIA GeForce RTX 4090" is rtx4090, and "RTX 4070 Ti" not rtx4070."""
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\s+(ti|super)\b", r"\1", name.lower()))
     spoken = {*words, *(a + b for a, b in itertools.pairwise(words))}
     return next((gpu for gpu in known if gpu in spoken), None)
 

@@ -24,8 +24,8 @@ from engine.config import (
     VideoConfig,
 )
 from engine.errors import UserError
-from engine.planner.arrange import arrange_ranks
-from engine.planner.gpu import read_gpu
+from engine.planner.arrange import arrange_ranks, match_gpu
+from engine.planner.gpu import FOLDER, read_gpu
 from engine.planner.memory import GIB
 from engine.planner.model import read_model
 from launch.ranks.join import open_ranks
@@ -114,6 +114,21 @@ def test_driver_of_a_cluster_plans_for_the_named_gpus() -> None:
     with pytest.raises(UserError, match=r"does not fit: .* on each of 2 RTX4090"):
         longer = replace(batch, video=replace(batch.video, num_frames=2561))
         arrange_replica([Variant.of(longer, "freespec")], 2, CUDA, gpu="rtx4090")
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu"),
+    [
+        ("NVIDIA GeForce RTX 4070", "rtx4070"),
+        ("NVIDIA GeForce RTX 4070 Ti", None),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", None),
+        ("NVIDIA GeForce RTX 4070 SUPER", None),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+    ],
+)
+def test_a_device_is_described_by_its_own_file(device: str, gpu: str | None) -> None:
+    assert match_gpu(device, [path.stem for path in FOLDER.glob("*.json")]) == gpu
 
 
 def test_a_plan_made_by_hand_is_not_asked_about(with_memory: Callable[[int], None]) -> None:

@@ -120,7 +120,7 @@ def test_degrees_of_the_configuration_are_kept(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--gpu", "h20"], "error: unknown GPU 'h20'; choose one of a100, h100, h200, rtx4090"),
+        (["--gpu", "h20"], "error: unknown GPU 'h20'; choose one of a100, h100, h200, rtx4070, rtx4090"),
         (["--nproc", "2"], "error: unknown setting nproc; did you mean --gpus 2?"),
         (["--prompt", "x"], "error: unknown setting prompt; this command does not use it; leave it out"),
         (["--gpus", "0"], "error: cannot plan for 0 GPUs; give 1 to 1024"),
@@ -128,6 +128,7 @@ def test_degrees_of_the_configuration_are_kept(capsys: pytest.CaptureFixture[str
         (["--video.num_frames", "320"], "error: video.num_frames must be 4k + 1, got 320"),
         (["--parallel.ulysses", "5"], "error: 1 rank cannot be arranged with ulysses 5; possible are 1 x 1 x 1 "),
         (["--gpu", "rtx4090", "--model.path", "Wan-AI/Wan2.1-T2V-14B-Diffusers"], "error: does not fit: cfg 1"),
+        (["--gpu", "rtx4070"], "error: does not fit: cfg 1 x ring 1 x ulysses 1 needs 20.9 GiB on one RTX4070, where"),
         # What generate.py would refuse, and so is not planned.
         (
             ["--decode.mode", "framewise"],
