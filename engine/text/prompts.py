@@ -108,7 +108,12 @@ def refuse_long_prompts(adapter: ModelAdapter, tokenizer: Any, prompts: Sequence
 
 def count_tokens(adapter: ModelAdapter, tokenizer: Any, text: str) -> int:
     """Tokens of a prompt as the pipeline reads it, including the end token."""
-    return len(tokenizer(adapter.clean_prompt(text)).input_ids)
+    return len(_token_ids(tokenizer, adapter.clean_prompt(text)))
+
+
+def _token_ids(tokenizer: Any, text: str, **settings: Any) -> list[int]:
+    """Token numbers, without transformers' warning of errors for a text beyond the tokenizer's length, which is no bound here."""
+    return tokenizer(text, verbose=False, **settings).input_ids
 
 
 def unknown_words(adapter: ModelAdapter, tokenizer: Any, prompts: Sequence[Named]) -> dict[str, str]:
@@ -117,10 +122,10 @@ def unknown_words(adapter: ModelAdapter, tokenizer: Any, prompts: Sequence[Named
     found: dict[str, str] = {}
     for name, text in prompts:
         clean = adapter.clean_prompt(text)
-        if unknown is None or unknown not in tokenizer(clean).input_ids:
+        if unknown is None or unknown not in _token_ids(tokenizer, clean):
             continue
         for word in clean.split():
-            if unknown in tokenizer(word, add_special_tokens=False).input_ids:
+            if unknown in _token_ids(tokenizer, word, add_special_tokens=False):
                 found.setdefault(word.strip(string.punctuation) or word, name)
     return found
 

@@ -64,6 +64,19 @@ def test_a_negative_prompt_is_looked_at_where_it_is_read() -> None:
     )
 
 
+@pytest.mark.parametrize("family", TINY)
+def test_transformers_warns_of_no_long_prompt(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its line speaks of the tokenizer's own length; `sampler.max_text_tokens` is the bound."""
+    warned = mock.Mock()
+    monkeypatch.setattr("transformers.tokenization_utils_base.logger.warning", warned)
+    checkpoint, tokenizer = load_tokenizer(TINY[family])
+    tokenizer.model_max_length = 4
+    refuse_long_prompts(checkpoint.adapter, tokenizer, [("the prompt", KNOWN)], 32)
+    warned.assert_not_called()
+    assert len(tokenizer(KNOWN).input_ids) > 4
+    warned.assert_called_once()  # negative control
+
+
 def test_every_prompt_that_is_too_long_is_named() -> None:
     long = " ".join(["circle"] * 40)
     prompts = [("line 1 of a.txt", KNOWN), ("line 2 of a.txt", long), ("line 5 of a.txt", f"{long} {long}")]
