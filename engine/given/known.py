@@ -162,14 +162,19 @@ def _check_room(given: GivenFrames, spec: VideoSpec, *, num_frames: int, fps: in
         )
 
 
-def check_needs(given: GivenFrames | None, spec: VideoSpec, *, num_frames: int, fps: int) -> None:
-    """Raise UserError for a checkpoint that was trained to be given pictures, without one of them or with a video to continue."""
+def refuse_extend(given: GivenFrames | None, spec: VideoSpec) -> None:
+    """Raise UserError for a video to continue, if the checkpoint was trained to be given pictures."""
     if spec.needs and given is not None and given.extend is not None:
         last = " and a picture as --given last=FILE" if "last" in spec.needs else ""
         raise UserError(
             f"--extend {given.extend} is refused: this checkpoint makes videos of pictures and cannot continue one; leave it out and "
             f"give the video's last frame as --given first=FILE{last}, or choose a text-to-video checkpoint"
         )
+
+
+def check_needs(given: GivenFrames | None, spec: VideoSpec, *, num_frames: int, fps: int) -> None:
+    """Raise UserError for a checkpoint that was trained to be given pictures, without one of them or with a video to continue."""
+    refuse_extend(given, spec)
     there = {} if given is None else given.trained(num_frames=num_frames, fps=fps, pictures=spec.needs)
     missing = [place for place in spec.needs if place not in there]
     if missing and len(spec.needs) > spec.latent_shape(num_frames, 0, 0)[2]:

@@ -13,6 +13,7 @@ from engine.checks import check_model
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.given.frames import GivenFrames
+from engine.given.known import refuse_extend
 from engine.load.loras import find_local_loras
 from engine.load.single_file import is_of_hub, open_single_files
 from engine.planner.choose import choose, choose_by_memory
@@ -63,6 +64,7 @@ def arrange_ranks(
     This is checked before the ranks join, since the first rank to exit then would take the store from the others.
     """
     spec = read_model(config.model)
+    refuse_extend(given, spec.video)
     check_settings(config, spec)
     gpu, span = gpu or _find_gpu(device), node_span(nodes) if nodes is not None else None
     if gpu is not None and span is not None:

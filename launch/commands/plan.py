@@ -7,7 +7,7 @@ from typing import Any
 from engine.checks import check_beside
 from engine.config import RunConfig
 from engine.given.frames import GivenFrames
-from engine.given.known import check_given, check_places, count_begun
+from engine.given.known import check_given, check_places, count_begun, refuse_extend
 from engine.planner.arrange import check_settings
 from engine.planner.cached import SCHEDULED
 from engine.planner.choose import choose
@@ -25,6 +25,7 @@ NOTE = "Every time is predicted from datasheets and assumed fractions of them (s
 def run(given: Arguments) -> None:
     """Plan, and print the chosen plan first."""
     config, spec = given.config, read_model(given.config.model)
+    refuse_extend(given.given, spec.video)
     check_settings(config, spec)
     notes = [*_look_at_given(given.given, config, spec), *describe_unused_cache(config)]
     case = Case.of(config, spec, gpu=given.gpu, world_size=given.gpus, given=given.given)

@@ -362,6 +362,7 @@ def test_a_video_to_continue_is_counted_where_its_file_is(
             "--extend x.mp4 --given first=a.png",
             "--extend x.mp4 is refused: this checkpoint makes videos of pictures",
         ),
+        (I2V, "--extend x.mp4 --decode.tile_width 250", "--extend x.mp4 is refused: this checkpoint"),
         (LTX, "--given 20=a.png --given 21=b.png --video.num_frames 41", None),
         (I2V, "--given first=a.png", None),
         (I2V, "", None),  # the pictures that it needs are counted
@@ -374,6 +375,13 @@ def test_what_a_run_refuses_is_not_planned(
     monkeypatch.setattr("launch.commands.plan.plan", mock.Mock(side_effect=InterruptedError("planned")))
     with pytest.raises(InterruptedError if line is None else UserError, match=line or "planned"):
         run(read([f"--config={preset}", *words.split()]))
+
+
+def test_a_video_to_continue_is_refused_before_the_memory_of_ranks() -> None:
+    """Two of these GPUs would be too few."""
+    asked = read([f"--config={I2V}", "--extend=x.mp4"])
+    with pytest.raises(UserError, match=r"^--extend x\.mp4 is refused"):
+        arrange_ranks(asked.config, 2, torch.device("cpu"), read_gpu("rtx4090"), given=asked.given)
 
 
 @pytest.mark.parametrize(
