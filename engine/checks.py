@@ -45,8 +45,7 @@ def check_model(
 def check_experts(config: RunConfig, experts: Sequence[str]) -> None:
     """Raise UserError for settings that do not match the checkpoint's number of transformers."""
     model, second = config.model, config.sampler.guidance_scale_2
-    check_sides(model.loras, experts)
-    check_sides(model.single_files, experts, "file", "replaces")
+    check_sides(model, experts)
     if len(experts) == 1 and second is not None:
         raise UserError(
             f"sampler.guidance_scale_2 {second:g} is for a checkpoint of two transformers, and this one has one; leave it out (null)"

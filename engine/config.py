@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any, Literal
@@ -60,6 +61,8 @@ CACHE_DEFAULTS: dict[str, dict[str, Any]] = {
 # Timeout of a collective, in seconds. Some backends count milliseconds in 32 bits, which overflow after 24 days.
 MOST_TIMEOUT = 7 * 24 * 3600
 CACHED_TRACE = "skips layers, which have no branches for a trace (output.trace, analyze.py)"
+# `high:` or `low:` where `split_expert` has not read it: in capitals, twice, or in a list or map that YAML reads otherwise.
+_UNREAD_SIDE = re.compile(r"(?:^|[\[{,])\s*(?:high|low)\s*:", re.IGNORECASE)
 COMPILED_TRACE = "with model.compile, blocks do not expose branches for a trace (output.trace, analyze.py)"
 
 
@@ -148,7 +151,13 @@ class ModelConfig:
         """Reject files that are not read, and more of them than there are transformers."""
         _check(self.single_file != (), "model.single_file names no file; give one, or leave it out (null)")
         given = dict(split_expert(file) for file in self.single_files)
+        listed = self.single_file if isinstance(self.single_file, str) else f"[{', '.join(self.single_file or ())}]"
+        takes = f"model.single_file takes one file, or [high:FILE, low:FILE] for two transformers, got {listed}"
         for name in given.values():
+            _check(
+                _UNREAD_SIDE.search(name) is None,
+                f"{takes}; write high: and low: in lower case, once for each file, with no space after them, and both in brackets",
+            )
             _check(
                 not is_pickle(name),
                 f"model.single_file {name} is a pickle, which can run code and is not read; give a .safetensors file",
@@ -157,14 +166,12 @@ class ModelConfig:
                 name.endswith((".safetensors", ".gguf")),
                 f"model.single_file must be a .safetensors or a .gguf file, got {name!r}",
             )
-        listed = ", ".join(self.single_files)
         _check(
-            len(self.single_files) < 2 or (len(self.single_files) == 2 and None not in given and len(given) == 2),
-            f"model.single_file takes one file, or [high:FILE, low:FILE] for two transformers, got [{listed}]",
+            len(self.single_files) < 2 or (len(self.single_files) == 2 and None not in given and len(given) == 2), takes
         )
         _check(
             len({*given.values()}) == len(given),
-            f"model.single_file has one file for both transformers, [{listed}]; each has its own weights, give two files",
+            f"model.single_file has one file for both transformers, {listed}; each has its own weights, give two files",
         )
 
     def _check_quantised(self) -> None:

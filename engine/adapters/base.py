@@ -240,9 +240,9 @@ class LatentDecoder(ABC):
 
 
 # Names in files and folders of the authors' weights and of repacked ones.
-_ONE_OF_TWO = re.compile(
-    r"a14b|(high|low)[-_ ]?noise|wan[-_ ]?2[-_.]?2(?!.*5b).*[-_ ](high|low)(?![a-z])", re.IGNORECASE
-)
+_PHRASE = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)
+_WORD = re.compile(r"(?:^|[-_. ])(high|low)(?=[-_. ]|$)", re.IGNORECASE)
+_WITH_TWO = re.compile(r"wan[-_ ]?2[-_.]?2(?!.*5b)", re.IGNORECASE)
 
 
 EXPERTS = ("transformer", "transformer_2")
@@ -268,13 +268,24 @@ def refuse_one_of_two(name: str) -> None:
 
 def says_one_of_two(name: str) -> bool:
     """Whether a path or hub name says that its weights are of one of two transformers."""
-    return _ONE_OF_TWO.search("/".join(Path(name).parts[-2:])) is not None
+    parts = Path(name).parts[-2:]
+    whole = "/".join(parts)
+    if "a14b" in whole.lower() or _PHRASE.search(whole):
+        return True
+    return _WITH_TWO.search(whole) is not None and any(_WORD.search(part) for part in parts)
 
 
 def says_expert(name: str) -> str | None:
-    """`high` or `low` where a path or hub name says that its weights are of that transformer of two; None if it does not."""
-    found = re.search(r"(high|low)[-_ ]?noise|[-_ ](high|low)(?![a-z])", "/".join(Path(name).parts[-2:]), re.IGNORECASE)
-    return None if found is None else (found[1] or found[2]).lower()
+    """`high` or `low` where a path or hub name says that its weights are of that transformer of two; None if it does not.
+
+    The file's own name decides before its folder's, and `high_noise` before the word `high`. A name with both says neither.
+    """
+    for part in reversed(Path(name).parts[-2:]):
+        for pattern in (_PHRASE, _WORD):
+            said = {side.lower() for side in pattern.findall(part)}
+            if len(said) == 1:
+                return said.pop()
+    return None
 
 
 def as_frames(pixels: np.ndarray) -> Tensor:
@@ -306,7 +317,7 @@ class ModelAdapter(ABC):
         exact_decode_is_bounded: whether the memory of `whole` does not grow with the length of the video.
         latent_tensors: fp32 tensors of the latents' size that are alive between steps, the scheduler's included.
         single_file_marks: by part, the suffix of a tensor's name that identifies it in a single file of the model's authors.
-        single_file_names: diffusers' names of tensors of such a file, by the end of the authors' name, where diffusers does not convert it.
+        single_file_names: by suffix of a tensor's name that diffusers does not convert, the suffix that replaces it.
         counts_frames: whether temporal positions are frame numbers that grow beyond those of training, as `riflex` needs.
         text_arguments: arguments of the pipeline's call that take the tensors of a `Text`, in order.
     """

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 
 from engine.adapters.base import EXPERTS, says_expert, says_one_of_two
-from engine.config import split_expert
+from engine.config import ModelConfig, split_expert, split_scale
 from engine.errors import UserError
+
+SIDES = {"high": EXPERTS[0], "low": EXPERTS[1]}
+"""The two transformers by the names that settings give them."""
 
 
 def expert_of(given: str) -> str:
     """The transformer that FILE, high:FILE or low:FILE is for, as a part of the pipeline."""
-    return EXPERTS[split_expert(given)[0] == "low"]
+    return SIDES[split_expert(given)[0] or "high"]
 
 
 def check_side(name: str, side: str | None, what: str) -> None:
@@ -25,23 +28,43 @@ def check_side(name: str, side: str | None, what: str) -> None:
         )
     if side is not None and says_expert(name) not in (None, side):
         raise UserError(
-            f"{side}:{name} puts a {what} of the other transformer there, by its name; give it as {says_expert(name)}:{name}"
+            f"{side}:{name} puts a {what} of the other transformer there, by its name; give it as {says_expert(name)}:{name}, or rename "
+            "it if the name is wrong"
         )
 
 
-def check_sides(files: Sequence[str], experts: Sequence[str], what: str = "LoRA", does: str = "changes") -> None:
-    """Raise UserError unless files name their transformer (`high:`, `low:`) exactly if there are two."""
-    for given in files:
-        side, name = split_expert(given)
+def check_sides(config: ModelConfig, experts: Sequence[str]) -> None:
+    """Raise UserError unless files and LoRAs name their transformer (`high:`, `low:`) exactly if there are two, and the right one."""
+    _check_number(config.loras, experts, what="LoRA", does="changes")
+    _check_number(config.single_files, experts, what="file", does="replaces")
+    check_names(config)
+
+
+def check_names(config: ModelConfig) -> None:
+    """Raise UserError for a file or LoRA whose name says that it is for another one of two transformers; nothing is fetched."""
+    for lora in config.loras:
+        side, name = split_expert(lora)
+        check_side(split_scale(name)[0], side, "LoRA")
+    for file in config.single_files:
+        side, name = split_expert(file)
+        check_side(name, side, "file")
+
+
+def _check_number(given: Sequence[str], experts: Sequence[str], *, what: str, does: str) -> None:
+    for each in given:
+        side, name = split_expert(each)
         if side is None and len(experts) > 1:
             raise UserError(
                 f"this checkpoint has two transformers: say which of them the {what} {name} {does}, high:{name} (noisy steps, transformer) or "
                 f"low:{name} (the others, transformer_2)"
             )
         if side is not None and len(experts) == 1:
-            raise UserError(
-                f"this checkpoint has one transformer, and the {what} {given} names one of two; give it as {name}"
+            advice = (
+                f"give it as {name}"
+                if what == "LoRA"
+                else "give a checkpoint with two, as configs/wan2.2-t2v-a14b.yaml does"
             )
+            raise UserError(f"this checkpoint has one transformer, and the {what} {each} names one of two; {advice}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from engine.adapters import ModelAdapter
 from engine.adapters.base import EXPERTS
 from engine.config import ModelConfig, split_expert, split_scale
 from engine.errors import UserError, first_line, is_out_of_memory
-from engine.load.experts import check_side, expert_of
+from engine.load.experts import check_names, expert_of
 from engine.load.hub import FLOATS, commit_of, fetch_file, hub_file, quiet
 from engine.load.weights import broken_file, build_part
 from engine.paths import SHIPPED, expand
@@ -172,11 +172,13 @@ class Lora:
 
 def find_loras(config: ModelConfig) -> list[Lora]:
     """The files of `model.loras`, downloaded if they are hub names; UserError for one that is missing or is not safetensors."""
+    check_names(config)
     return [_find(name, config) for name in config.loras]
 
 
 def find_local_loras(config: ModelConfig) -> list[Lora]:
     """The LoRAs that are local files or folders; with `model.offline` all of them must be."""
+    check_names(config)
     local = [
         name for name in config.loras if config.offline or not _may_be_of_hub(split_scale(split_expert(name)[1])[0])
     ]
@@ -236,9 +238,7 @@ def _without_number(name: str) -> tuple[str, str] | None:
 
 
 def _find(given: str, config: ModelConfig) -> Lora:
-    side, named = split_expert(given)
-    name, scale = split_scale(named)
-    check_side(name, side, "LoRA")
+    name, scale = split_scale(split_expert(given)[1])
     expert = expert_of(given)
     for path in (expand(name), SHIPPED / name):
         if path.is_dir():

@@ -19,7 +19,7 @@ from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError, first_line, is_out_of_memory
 from engine.load.checkpoint import Checkpoint, find_adapter, open_checkpoint
 from engine.load.convolutions import use_onednn
-from engine.load.experts import check_sides
+from engine.load.experts import SIDES, check_sides
 from engine.load.hub import quiet
 from engine.load.loras import find_loras
 from engine.load.quantised import check_storage, store
@@ -72,8 +72,8 @@ def load_pipeline(
         vae = load_vae(adapter, folder, single_files.get("vae"))
         given: dict[str, Any] = {"scheduler": _load_beside(adapter, folder, "scheduler")}
         given |= _load_beside_encoders(checkpoint, encoders)
-        for part in checkpoint.experts:
-            given |= {part: single_files[part].load(adapter, folder, part, dtype)} if part in single_files else {}
+        of_files = [part for part in checkpoint.experts if part in single_files]
+        given |= {part: single_files[part].load(adapter, folder, part, dtype) for part in of_files}
         kind = adapter.pipeline_of(checkpoint.read("model_index.json"))
         pipe = kind.from_pretrained(folder, vae=vae, dtype=dtype, use_safetensors=True, **given)
     for lora in find_loras(config):
@@ -141,7 +141,7 @@ def fetch_parts(config: ModelConfig, parts: Sequence[str]) -> tuple[Checkpoint, 
     elsewhere: dict[str, SingleFile] = {}
     if config.single_files:
         small = open_checkpoint(config)
-        check_sides(config.single_files, small.experts, "file", "replaces")
+        check_sides(config, small.experts)
         elsewhere = open_single_files(config, small.adapter)
     checkpoint = open_checkpoint(config, [part for part in parts if part not in elsewhere])
     checkpoint.check_index()
@@ -171,7 +171,7 @@ def check_folder(folder: Path, parts: Sequence[str], *, elsewhere: Collection[st
     adapter = find_adapter(folder)
     for name in parts:
         if name not in elsewhere:
-            check_files(folder, name)
+            check_files(folder, name, given=elsewhere)
             check_part(adapter, folder, name)
         check_small_files(folder, _BESIDE.get(name, name))
 
@@ -198,8 +198,8 @@ def load_tokenizer(config: ModelConfig) -> tuple[Checkpoint, Any]:
         return checkpoint, _load_beside(adapter, folder, "tokenizer")
 
 
-def check_files(folder: Path, name: str) -> None:
-    """Raise UserError unless a part has safetensors weights with all shards."""
+def check_files(folder: Path, name: str, *, given: Collection[str] = ()) -> None:
+    """Raise UserError unless a part has safetensors weights with all shards; `given` are parts that single files replace."""
     part = folder / name
     files = sorted(part.glob("*.safetensors"))
     begun = unfinished(folder, name)
@@ -207,7 +207,14 @@ def check_files(folder: Path, name: str) -> None:
     if not files:
         others = sorted(file.name for file in part.glob("*") if is_pickle(file.name))
         found = f"only {', '.join(others)}, which can run code and is not read" if others else "no weights"
-        raise UserError(f"{part} has {found}{unfinished_note}; fetch the .safetensors files of this checkpoint")
+        or_give = ""
+        if name in EXPERTS and {*EXPERTS} & {*given}:
+            or_give = (
+                f", or add {next(side for side, expert in SIDES.items() if expert == name)}:FILE to model.single_file"
+            )
+        raise UserError(
+            f"{part} has {found}{unfinished_note}; fetch the .safetensors files of this checkpoint{or_give}"
+        )
     for shard_index in part.glob("*.safetensors.index.json"):
         weight_map = read_config(shard_index).get("weight_map")
         shards = (

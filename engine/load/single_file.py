@@ -1,10 +1,11 @@
 """Weights in one file, in the layout that a model's authors publish, in place of parts of a checkpoint in Diffusers layout.
 
-diffusers converts the names, but not all of them, does not check that every tensor is present, and rounds modules that it keeps in
-fp32 when it loads a folder. This module does all three, so that a file and a folder with the same weights make the same video. GGUF
-files hold quantised weights, which stay so: a layer's are made whole while it runs.
+diffusers converts most names, does not check that every tensor is present, and rounds modules that it keeps in fp32 when it loads a
+folder. This module converts the rest, checks every tensor, and keeps those modules in fp32, so that a file and a folder with the
+same weights give the same tensors. GGUF files hold quantised weights, which stay so: a layer's are dequantised while it runs.
 """
 
+import filecmp
 import importlib
 import logging
 import math
@@ -24,7 +25,7 @@ from engine.adapters import ModelAdapter
 from engine.adapters.base import EXPERTS
 from engine.config import ModelConfig, split_expert
 from engine.errors import UserError, first_line
-from engine.load.experts import check_side, expert_of
+from engine.load.experts import check_names, check_side, expert_of
 from engine.load.hub import FLOATS, fetch_file, hub_file, quiet
 from engine.load.quantised import require_package
 from engine.load.weights import broken_file, compare_part, lfs_pointer, read_config
@@ -59,7 +60,14 @@ class SingleFile:
                 f"{self.path} is not a complete {part} of {adapter.name} ({error!r}); fetch it again"
             ) from error
         found = {key: tuple(tensor.shape) for key, tensor in converted.items()}
-        compare_part(adapter, folder / part, part, found=found, where=self.path)
+        compare_part(
+            adapter,
+            folder / part,
+            part,
+            found=found,
+            where=self.path,
+            remedy="give a file of this model, or fetch it again",
+        )
 
     def load(self, adapter: ModelAdapter, folder: Path, part: str, dtype: torch.dtype) -> Any:
         """Load a part on the CPU, each tensor in the dtype that `from_pretrained` would give it."""
@@ -102,16 +110,22 @@ class SingleFile:
 def find_single_files(config: ModelConfig) -> dict[str, Path]:
     """Find the files of `model.single_file` by the transformer that they are for, downloaded if they are hub names.
 
-    Raises UserError for a missing file, for one whose name says that it is for another one of two transformers, and for the same
-    file for both.
+    Raises UserError, before any download, for one whose name says that it is for another one of two transformers; then for a missing
+    file, and for two files with the same content.
     """
+    check_names(config)
     found = {expert_of(given): _find(given, config) for given in config.single_files}
-    if len({path.resolve() for path in found.values()}) < len(found):
+    if len(found) == 2 and _are_one(*found.values()):
         raise UserError(
-            f"the files of model.single_file, {' and '.join(map(str, found.values()))}, are one; each transformer has its own weights, "
-            "give two files"
+            f"the files of model.single_file, {' and '.join(map(str, found.values()))}, are one, or one is a copy of the other; each "
+            "transformer has its own weights, give two files"
         )
     return found
+
+
+def _are_one(first: Path, second: Path) -> bool:
+    """Whether two files have the same content. Files of one size are read up to the first difference, which is near the start."""
+    return first.samefile(second) or filecmp.cmp(first, second, shallow=False)
 
 
 def open_single_files(config: ModelConfig, adapter: ModelAdapter) -> dict[str, SingleFile]:
@@ -129,7 +143,6 @@ def is_of_hub(given: str) -> bool:
 
 def _find(given: str, config: ModelConfig) -> Path:
     side, name = split_expert(given)
-    check_side(name, side, "file")
     path = expand(name)
     if path.is_file():
         check_side(str(path.resolve()), side, "file")

@@ -47,11 +47,17 @@ def check_part(adapter: ModelAdapter, folder: Path, name: str) -> None:
 
 
 def compare_part(
-    adapter: ModelAdapter, part: Path, name: str, *, found: dict[str, tuple[int, ...]], where: Path
+    adapter: ModelAdapter,
+    part: Path,
+    name: str,
+    *,
+    found: dict[str, tuple[int, ...]],
+    where: Path,
+    remedy: str = _FETCH,
 ) -> None:
     """Raise UserError unless `found`, shapes by name, matches the configuration in the folder `part`.
 
-    `where` names the place of the tensors in messages.
+    Messages name `where` the tensors are, and end with the `remedy`.
     """
     model = build_part(adapter, name, read_config(part / "config.json"), part / "config.json")
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
@@ -65,7 +71,7 @@ def compare_part(
         if keys:
             more = f" and {len(keys) - 1} more tensors" if len(keys) > 1 else ""
             by = "its config.json" if where == part else part / "config.json"
-            raise UserError(f"{where} {what} {keys[0]}{more}, by {by}; fetch the checkpoint again")
+            raise UserError(f"{where} {what} {keys[0]}{more}, by {by}; {remedy}")
 
 
 def broken_file(file: Path, error: Exception) -> UserError:

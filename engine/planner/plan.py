@@ -37,7 +37,7 @@ class Options:
     Attributes:
         itemsize: bytes of a number in transformer and text encoder.
         storage: model.storage.
-        file_bytes: bytes of each transformer once loaded from a GGUF file, None for one that is not; empty without such files.
+        file_bytes: bytes of each transformer that is read from a GGUF file, None for the others; empty without such a file.
         kernel: attention.kernel.
         far: attention.far.
         weights: model.weights.

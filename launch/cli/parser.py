@@ -42,7 +42,7 @@ _SELDOM = ("print_config", "placement_strategy", "extend_shows")
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """The dotted names of a parser: settings (`leaves`), groups, boolean switches, and maps.
+    """The dotted names of a parser: settings (`leaves`), groups, boolean switches, lists, and maps.
 
     The user chooses the keys of a map: `--method.settings.NAME VALUE`. `unread` are settings that the command refuses,
     `former` are old names that it still accepts.
@@ -51,6 +51,7 @@ class Keys:
     leaves: frozenset[str]
     groups: frozenset[str]
     switches: frozenset[str]
+    lists: frozenset[str] = frozenset()
     maps: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
     former: frozenset[str] = frozenset()
@@ -74,6 +75,9 @@ class Keys:
             leaves=leaves,
             groups=frozenset(defaults.keys(branches=True)) - leaves,
             switches=frozenset(key for key in leaves if isinstance(defaults[key], bool)),
+            lists=frozenset(
+                action.dest for action in parser._actions if "tuple[" in str(getattr(action, "_typehint", ""))
+            ),
             maps=frozenset(key for key in leaves if isinstance(defaults[key], dict)),
             unread=frozenset(unread),
             former=frozenset(_former_names(parser)),
@@ -258,7 +262,7 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 def arrange(argv: Sequence[str], keys: Keys, *, num_positionals: int = 0) -> list[str]:
-    """Every option as `--name=value`, positional arguments last; UserError for unknown names and missing values.
+    """Every option as `--name=value`, positional arguments last; UserError for unknown names, missing values, and lists given twice.
 
     `--switch` alone means `--switch=true`, a value may begin with a dash, and `--output`, `--model` and `--method` are
     short for output.path, model.path and method.name.
@@ -277,7 +281,21 @@ def arrange(argv: Sequence[str], keys: Keys, *, num_positionals: int = 0) -> lis
             positionals.append(word)
     if len(positionals) > num_positionals:
         raise UserError(f"unexpected argument {positionals[num_positionals]!r}; settings are given as --name value")
+    _check_lists(options, keys)
     return options + positionals
+
+
+def _check_lists(options: Sequence[str], keys: Keys) -> None:
+    """Raise UserError for a list that is given twice: the parser would drop the first. Options such as `--given` add up."""
+    given: dict[str, list[str]] = {}
+    for name, _, value in (option.partition("=") for option in options):
+        given.setdefault(name, []).append(value)
+    for name, values in given.items():
+        if name.removeprefix("--") in keys.lists and len(values) > 1:
+            whole = ", ".join(value.strip().removeprefix("[").removesuffix("]") for value in values)
+            raise UserError(
+                f'{name} is given {len(values)} times, {" and ".join(values)}; give one list, {name} "[{whole}]"'
+            )
 
 
 def _option(name: str, value: str | None, keys: Keys) -> str:

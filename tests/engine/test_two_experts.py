@@ -287,7 +287,7 @@ def test_a_lora_changes_its_own_transformer(folder, tmp_path):
         (
             1,
             {"loras": ("high:a.safetensors",)},
-            "has one transformer, and the LoRA high:a.safetensors names one of two",
+            "has one transformer, and the LoRA high:a.safetensors names one of two; give it as a.safetensors",
         ),
         (
             2,
@@ -297,7 +297,7 @@ def test_a_lora_changes_its_own_transformer(folder, tmp_path):
         (
             1,
             {"single_file": ("high:a.gguf", "low:b.gguf")},
-            "has one transformer, and the file high:a.gguf names one of two; give it as a.gguf",
+            "has one transformer, and the file high:a.gguf names one of two; give a checkpoint with two, as configs/wan2.2-t2v-a14b.yaml does",
         ),
         (1, {"idle_expert": "leave"}, "model.idle_expert leave is for a checkpoint of two transformers"),
     ],

@@ -15,11 +15,17 @@ import torch
 from torch import nn
 
 from benchmarks.predicted import GGUF_BLOCKS, gguf_bytes
+from engine.adapters.base import says_expert
+from engine.checks import check_experts
 from engine.config import ModelConfig, RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.load import loras, single_file
 from engine.load.checkpoint import open_checkpoint
+from engine.load.experts import SIDES
+from engine.load.loras import find_loras
 from engine.load.pipeline import load_pipeline
+from engine.load.single_file import find_single_files
 from engine.planner.gpu import read_gpu
 from engine.planner.model import read_model
 from engine.planner.plan import Case as PlannedCase
@@ -36,7 +42,6 @@ from tests.original_layout import wan_transformer
 from tests.tiny_pipelines import random_i2v, random_wan22
 
 EXPERTS = ("transformer", "transformer_2")
-SIDES = ("high", "low")
 Q = gguf.GGMLQuantizationType
 
 
@@ -102,20 +107,24 @@ def test_every_tensor_is_that_of_the_folder(pair: SimpleNamespace, kind: str, tm
 
 @pytest.mark.parametrize("side", SIDES)
 def test_one_file_leaves_the_other_transformer_to_the_folder(pair: SimpleNamespace, side: str, tmp_path: Path) -> None:
-    part, other = EXPERTS[side == "low"], EXPERTS[side == "high"]
+    part, other = SIDES[side], next(expert for expert in EXPERTS if expert != SIDES[side])
     half = shutil.copytree(pair.bare, tmp_path / "half")
     shutil.copytree(pair.whole / other, half / other, dirs_exist_ok=True)
     (one,) = named(pair.safetensors, side)
     assert torch.equal(video(config_of(half, one), aligned), video(config_of(pair.whole), aligned))
-    with pytest.raises(UserError, match=rf"{half / part} has no weights"):
+    without = rf"{half / part} has no weights; fetch the .safetensors files of this checkpoint"
+    with pytest.raises(UserError, match=rf"{without}$"):
         load_pipeline(config_of(half).model)
+    (wrong,) = named(pair.safetensors, next(name for name in SIDES if name != side))
+    with pytest.raises(UserError, match=rf"{without}, or add {side}:FILE to model.single_file$"):
+        load_pipeline(config_of(half, wrong).model)
     quantised = load_pipeline(config_of(half, *named(pair.gguf, side)).model)
     assert hasattr(getattr(quantised, part).blocks[0].attn1.to_q.weight, "quant_type")
     assert not hasattr(getattr(quantised, other).blocks[0].attn1.to_q.weight, "quant_type")
 
 
-def test_a_video_of_two_gguf_files_elsewhere(pair: SimpleNamespace) -> None:
-    """The video of their values is test_quantised's; here of types that differ, one beside a full file, and their places."""
+def test_two_gguf_files_make_one_video_wherever_they_are_kept(pair: SimpleNamespace) -> None:
+    """Files of two types of GGUF, and one beside a safetensors file; test_quantised compares with a folder of the same values."""
     made = video(config_of(pair.bare, named(pair.gguf)))
     mixed = named(pair.gguf, "high") + named(pair.safetensors, "low")
     other = video(config_of(pair.bare, mixed))
@@ -129,14 +138,14 @@ def test_a_video_of_two_gguf_files_elsewhere(pair: SimpleNamespace) -> None:
 def test_loras_and_fp8_come_after_two_files(pair: SimpleNamespace, tmp_path: Path) -> None:
     """Each LoRA into its own transformer, and both in fp8 then."""
     transformer = random_wan22(head_dim=16).transformer
-    loras = tuple(
+    given = tuple(
         f"{side}:{save_lora(tmp_path / f'{side}.safetensors', random_lora(transformer, seed=seed))}"
         for seed, side in enumerate(SIDES)
     )
-    made = video(config_of(pair.bare, named(pair.safetensors), loras=loras, storage="fp8"))
-    assert torch.equal(made, video(config_of(pair.bare, named(pair.safetensors), loras=loras), round_to_fp8))
+    made = video(config_of(pair.bare, named(pair.safetensors), loras=given, storage="fp8"))
+    assert torch.equal(made, video(config_of(pair.bare, named(pair.safetensors), loras=given), round_to_fp8))
     fused = [
-        load_pipeline(config_of(folder, files, loras=loras).model)
+        load_pipeline(config_of(folder, files, loras=given).model)
         for folder, files in ((pair.bare, named(pair.safetensors)), (pair.whole, None))
     ]
     for part in EXPERTS:
@@ -223,7 +232,7 @@ def of_another_width(file: Path) -> None:
 
 BROKEN = {
     lacks_a_tensor: r"{file} lacks blocks\.1\.attn1\.to_q\.weight, by {folder}/config\.json",
-    of_another_width: r"{file} has another shape for .*, by {folder}/config\.json",
+    of_another_width: r"{file} has another shape for .*, by {folder}/config\.json; give a file of this model, or fetch it again",
 }
 
 
@@ -234,7 +243,7 @@ def test_a_broken_file_is_named_with_its_transformer(
 ) -> None:
     files = {other: shutil.copy(pair.safetensors[other], tmp_path) for other in SIDES}
     damage(Path(files[side]))
-    where = {"file": files[side], "folder": pair.bare / EXPERTS[side == "low"]}
+    where = {"file": files[side], "folder": pair.bare / SIDES[side]}
     with pytest.raises(UserError, match=BROKEN[damage].format(**where)) as refused:
         load_pipeline(config_of(pair.bare, named(files)).model)
     assert "\n" not in str(refused.value)
@@ -251,7 +260,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "three": ({"single_file": ("high:a.gguf", "low:b.gguf", "low:c.gguf")}, "takes one file, or"),
     "one file": ({"single_file": ("high:a.gguf", "low:a.gguf")}, "has one file for both transformers"),
     "a pickle": ({"single_file": ("high:a.gguf", "low:b.ckpt")}, "model.single_file b.ckpt is a pickle"),
-    "a space": ({"single_file": "[high: a.gguf, low: b.gguf]"}, r"must be .*, got '\[high: a.gguf, low: b.gguf\]'"),
+    "spaces": (
+        {"single_file": "[high: a.gguf, low: b.gguf]"},
+        r"got \[high: a.gguf, low: b.gguf\]; write .* with no space",
+    ),
+    "a map": (
+        {"single_file": "{high: a.gguf, low: b.gguf}"},
+        r"got {high: a.gguf, low: b.gguf}; write .* both in brackets",
+    ),
+    "no brackets": ({"single_file": "high:a.gguf,low:b.gguf"}, "got high:a.gguf,low:b.gguf; write .* both in brackets"),
+    "capitals": ({"single_file": "HIGH:a.gguf"}, "got HIGH:a.gguf; write high: and low: in lower case"),
+    "two sides of one": (
+        {"single_file": ("high:low:a.gguf",)},
+        r"got \[high:low:a.gguf\]; write .* once for each file",
+    ),
+    "as given": ({"single_file": ("high:a.gguf", "b.gguf")}, r"got \[high:a.gguf, b.gguf\]"),
     "LoRAs": (
         {"single_file": ("high:a.gguf", "low:b.gguf"), "loras": ("high:c",)},
         "and those of a.gguf and b.gguf are quantised",
@@ -272,8 +295,12 @@ def test_settings_that_are_refused(name: str) -> None:
 def test_files_that_are_refused(pair: SimpleNamespace, tmp_path: Path) -> None:
     link = tmp_path / "other.safetensors"
     link.symlink_to(pair.safetensors["high"])
+    hard, copy = tmp_path / "hard.safetensors", tmp_path / "copy.safetensors"
+    hard.hardlink_to(pair.safetensors["high"])
+    shutil.copy(pair.safetensors["high"], copy)
+    same = "are one, or one is a copy of the other; each transformer has its own weights"
     for files, message in (
-        ((f"high:{pair.safetensors['high']}", f"low:{link}"), "are one; each transformer has its own weights"),
+        *(((f"high:{pair.safetensors['high']}", f"low:{other}"), same) for other in (link, hard, copy)),
         (
             (f"high:{pair.gguf['low']}",),
             "high:.* puts a file of the other transformer there, by its name; give it as low:",
@@ -283,3 +310,78 @@ def test_files_that_are_refused(pair: SimpleNamespace, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as refused:
             load_pipeline(config_of(pair.bare, files).model)
         assert "\n" not in str(refused.value)
+
+
+SAYS = {
+    "A/B/wan2.2_t2v_high_noise_14B_fp16.safetensors": "high",
+    "A/B/Wan2_2-T2V-A14B-LOW_fp8.safetensors": "low",
+    "m/Wan2.2-T2V-A14B-HighNoise-Q4_K_M.gguf": "high",
+    "DasiwaWAN22I2V14B_lowNoise.gguf": "low",
+    # The name of the file before that of its folder, and the phrase before the word.
+    "Wan2.2-high-low/wan_low_noise.safetensors": "low",
+    "wan22_high_and_low/low_noise.gguf": "low",
+    "wan2.2-low-vram/high_noise.gguf": "high",
+    "Wan2.2_high_quality_low_noise.gguf": "low",
+    "wan-low-res-high-noise.safetensors": "high",
+    "low_noise_model/Wan2.2-HighNoise.gguf": "high",
+    # The word alone.
+    "A14B/high.gguf": "high",
+    "A14B/low.safetensors": "low",
+    "high/diffusion_pytorch_model.safetensors": "high",
+    "low_noise_model/diffusion_pytorch_model.safetensors": "low",
+    # Neither, or both.
+    "Wan2.2-high-low/model.safetensors": None,
+    "wan_high_low.gguf": None,
+    "low_noise/of/model.safetensors": None,
+    "wan2.1_t2v_14B_highres.safetensors": None,
+    "slow.gguf": None,
+    "h.gguf": None,
+}
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_the_side_that_a_name_says(name: str) -> None:
+    assert says_expert(name) == SAYS[name]
+
+
+def test_files_in_a_folder_with_both_words_and_short_names(pair: SimpleNamespace, tmp_path: Path) -> None:
+    """The right pair is read; swapped files are refused."""
+    for folder, suffix in (("Wan2.2-high-low", "_noise"), ("A14B", "")):
+        (tmp_path / folder).mkdir()
+        for side in SIDES:
+            shutil.copy(pair.safetensors[side], tmp_path / folder / f"{side}{suffix}.safetensors")
+        files = {side: tmp_path / folder / f"{side}{suffix}.safetensors" for side in SIDES}
+        load_pipeline(config_of(pair.bare, named(files)).model)
+        swapped = named({"high": files["low"], "low": files["high"]})
+        with pytest.raises(UserError, match=rf"give it as low:{files['low']}, or rename it if the name is wrong"):
+            load_pipeline(config_of(pair.bare, swapped).model)
+
+
+def test_names_of_the_hub_are_checked_before_a_download(pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the planner, too: both names are, before the first file is fetched."""
+    fetched: list[str] = []
+
+    def fetch(_repository: str, file: str, **_: Any) -> Path:
+        fetched.append(file)
+        return pair.safetensors["high" if "high" in file else "low"]
+
+    for module in (single_file, loras):
+        monkeypatch.setattr(module, "fetch_file", fetch)
+    right = tuple(f"{side}:A/B/{side}_noise.safetensors" for side in SIDES)
+    twice = ("high:A/B/high_noise.safetensors", "low:A/B/other_high_noise.safetensors")
+    find_single_files(config_of(pair.bare, right).model)
+    assert fetched == ["high_noise.safetensors", "low_noise.safetensors"]
+    fetched.clear()
+    for config, find in (
+        (config_of(pair.bare, twice), find_single_files),
+        (config_of(pair.bare, loras=twice), find_loras),
+    ):
+        for check in (
+            lambda model=config.model, find=find: find(model),
+            lambda run=config: check_experts(run, EXPERTS),
+        ):
+            with pytest.raises(
+                UserError, match=r"low:A/B/other_high_noise.safetensors puts a .* of the other transformer there"
+            ):
+                check()
+    assert fetched == []

@@ -167,6 +167,11 @@ MISTAKES = {
     "--output a.webp --video.fps 120": ".webp takes at most 90 frames per second, and video.fps is 120",
     "--output a.webp --video.height 16384": ".webp takes sides of less than 16384 pixels, got 16384 x 64; write an .mp4",
     "--output.metadata maybe": "output.metadata must be true or false, got 'maybe'",
+    "--model.single_file high:a.gguf --model.single_file low:b.gguf": (
+        '--model.single_file is given 2 times, high:a.gguf and low:b.gguf; give one list, --model.single_file "[high:a.gguf, low:b.gguf]"'
+    ),
+    "--model.loras [a,b] --video.fps 8 --model.loras=c": 'is given 2 times, [a,b] and c; give one list, --model.loras "[a,b, c]"',
+    "--sampler.timesteps 1000 --sampler.timesteps 500": 'give one list, --sampler.timesteps "[1000, 500]"',
     "--help_al": "unknown setting help_al; see --help",
     "stray": "unexpected argument 'stray'",
     "--sampler.num_steps -3": "sampler.num_steps must lie in [1, 10000], got -3",
