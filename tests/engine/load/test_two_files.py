@@ -324,6 +324,7 @@ SAYS = {
     "Wan2.2_high_quality_low_noise.gguf": "low",
     "wan-low-res-high-noise.safetensors": "high",
     "low_noise_model/Wan2.2-HighNoise.gguf": "high",
+    "wan-low-res-HighNoise.gguf": "high",
     # The word alone.
     "A14B/high.gguf": "high",
     "A14B/low.safetensors": "low",
