@@ -10,8 +10,15 @@ from tests.tiny_pipelines import random_ltx, random_wan, random_wan22
 VIDEO = {"num_frames": 9, "height": 16, "width": 16, "num_inference_steps": 2, "output_type": "latent"}
 
 
-def test_every_pipeline_gets_the_method_and_its_attentions_are_counted(monkeypatch):
-    seen = MethodOnPipelines("direct")
+@pytest.fixture
+def seen():
+    """`direct`, removed in the end from all pipelines: with it goes the process group."""
+    pipelines = MethodOnPipelines("direct")
+    yield pipelines
+    pipelines.release()
+
+
+def test_every_pipeline_gets_the_method_and_its_attentions_are_counted(monkeypatch, seen):
     seen.install(monkeypatch)
     for pipe, layers in ((random_wan(), 2), (random_ltx(), 2)):
         before = seen.attentions
@@ -27,9 +34,8 @@ def test_every_pipeline_gets_the_method_and_its_attentions_are_counted(monkeypat
     assert (seen.calls, len(seen.videos)) == (3, 4)
 
 
-def test_pipelines_that_stay_stock_are_listed(monkeypatch):
+def test_pipelines_that_stay_stock_are_listed(monkeypatch, seen):
     pipe = random_wan22()
-    seen = MethodOnPipelines("direct")
     seen.install(monkeypatch)
     type(pipe)(**pipe.components | {"transformer": None, "transformer_2": None})  # for prompts only
     type(pipe)(**pipe.components | {"transformer_2": None}, boundary_ratio=0.875)
@@ -39,9 +45,8 @@ def test_pipelines_that_stay_stock_are_listed(monkeypatch):
     assert half.startswith("this checkpoint has boundary_ratio 0.875 and no transformer_2")
 
 
-def test_a_call_around_the_method_fails(monkeypatch):
+def test_a_call_around_the_method_fails(monkeypatch, seen):
     attend = BranchProcessor.__call__
-    seen = MethodOnPipelines("direct")
     seen.install(monkeypatch)
     pipe = random_wan()
     monkeypatch.setattr(BranchProcessor, "__call__", attend)
