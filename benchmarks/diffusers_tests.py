@@ -194,7 +194,7 @@ def run_tests(
 
 
 def in_new_process(run: Callable[..., Results], *args: Any, **kwargs: Any) -> Results:
-    """Call it in a process of its own: a second session in one process would find the test modules of the first."""
+    """Call it in a process of its own: pytest would take the test modules that a run before it in the same process imported."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(run, *args, **kwargs).result()
 

@@ -1,9 +1,12 @@
 """What all tests share: a process that imports torch, diffusers and every test, and whose collector does not look through them again."""
 
 import gc
+import os
 
 import pytest
 
+# Ranks have one thread each (tests/ranks.py), and have the bits of a process with as many; before anything imports torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 gc.disable()
 
 
