@@ -178,6 +178,17 @@ class RankHost:
         """Ask the rank to save its state and end."""
         self._signal(signal.SIGINT)
 
+    def finish(self, seconds: float) -> None:
+        """Close the stdin of the process, which then ends by itself; kill it if it has not within `seconds`."""
+        try:
+            if self._process is not None and self._process.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    self._process.stdin.close()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(timeout=seconds)
+        finally:
+            self.kill()
+
     def kill(self) -> None:
         """Kill the rank."""
         self._signal(signal.SIGKILL)

@@ -76,7 +76,8 @@ def main() -> None:
         return
     gpus = ray.cluster_resources().get("GPU", 0)
     emit("open", address=info["gcs_address"], gpus=gpus, most_gpus=max(gpus, gpus_to_come()))
-    threading.Thread(target=watch_node, args=(info["raylet_socket_name"],), daemon=True).start()
+    closing = threading.Event()
+    threading.Thread(target=watch_node, args=(info["raylet_socket_name"], closing), daemon=True).start()
     replicas: dict[str, RayReplica] = {}
     for line in sys.stdin:
         order = json.loads(line)
@@ -92,6 +93,7 @@ def main() -> None:
             replicas[name].kill()
     for replica in replicas.values():
         replica.kill()
+    closing.set()
     ray.shutdown()
 
 
@@ -124,10 +126,9 @@ def refuse_silent(address: str) -> None:
         raise ConnectionError(str(error)) from error
 
 
-def watch_node(path: str) -> None:
-    """End this process when this machine's Ray node process has ended."""
-    while True:
-        time.sleep(0.5)
+def watch_node(path: str, closing: threading.Event) -> None:
+    """End this process when this machine's Ray node process has ended, unless this process itself ends it: it is `closing`."""
+    while not closing.wait(0.5):
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(path)

@@ -17,6 +17,9 @@ BRIDGE = ("-m", "launch.ranks.ray_bridge")
 # Time for a lost cluster to answer again, and for the first answer.
 PATIENCE_SECONDS = 120.0
 OPEN_SECONDS = 180.0
+# For a bridge to end a local Ray. It takes five seconds: signals are blocked in Ray's processes, which Ray kills after that time.
+# Some of a Ray whose bridge is killed stay for a minute and a half.
+CLOSE_SECONDS = 15.0
 # A lost rank has ended by then: its actor kills it ORPHAN_SECONDS after the last poll, which takes some seconds itself.
 LOST_SECONDS = ORPHAN_SECONDS + 10.0
 
@@ -161,7 +164,7 @@ class RayPool:
 
     def _close(self) -> None:
         if self._bridge is not None:
-            self._bridge.kill()
+            self._bridge.finish(CLOSE_SECONDS if self.is_open else 0.0)
             self._bridge = None
         if self._temporary is not None:
             self._temporary.cleanup()

@@ -53,6 +53,15 @@ def wait_for(what: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+def test_a_process_ends_with_its_stdin_or_is_killed_after_a_time() -> None:
+    for rest, code in (("", 0), ("time.sleep(300)", -signal.SIGKILL)):
+        host = RankHost()
+        host.start(["-c", f"import sys, time\nsys.stdin.read()\n{rest}"], {})
+        assert host.is_running
+        host.finish(60.0 if code == 0 else 0.2)
+        assert until(host, "exit")["code"] == code
+
+
 def test_lines_events_and_the_end(tmp_path: Path) -> None:
     host = RankHost()
     host.start(["-c", RANK], {"RANK": "1"}, log=str(tmp_path / "a.log"))

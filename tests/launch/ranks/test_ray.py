@@ -255,6 +255,8 @@ def test_sigterm_to_all_processes_of_a_job_leaves_what_rank_0_saves(wan_folder: 
         assert process.wait() == 143, said
     assert said.startswith("stopped: after step "), said
     assert said.count("\n") == 1
+    # Ray's own too: those of a Ray whose bridge is killed stay for a minute and a half.
+    assert [status_of(pid)["Name"] for pid in every if status_of(pid).get("State", "Z")[0] != "Z"] == []
 
 
 @pytest.mark.usefixtures("as_a_member")
