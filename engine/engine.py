@@ -41,7 +41,7 @@ from engine.load.provenance import describe_loaded, describe_weights
 from engine.load.sharded_weights import shard_pipeline, shards_text
 from engine.planner.arrange import idle_stays
 from engine.progress import enabled, progress_bar
-from engine.ranks.agreement import broadcast_bytes, check_agreement, from_first, raise_together, setting_prints
+from engine.ranks.agreement import broadcast_bytes, check_agreement, from_first, raise_once_all_end, setting_prints
 from engine.ranks.group_of_one import GROUP_OF_ONE
 from engine.ranks.layouts import Ranks, check_layout
 from engine.record import EngineFacts, build_record, running_revision
@@ -80,7 +80,7 @@ class LongVideoEngine:
         started = time.perf_counter()
         try:
             with self.progress("load", total=1) as bar:
-                self.checkpoint = raise_together(self.mesh, self._check)
+                self.checkpoint = raise_once_all_end(self.ranks, self._check, "checking the checkpoint")
                 digest = bytes.fromhex(self.checkpoint.digest)
                 check_agreement(self.mesh, setting_prints(config) | {"checkpoint": digest})
                 self._idle_stays = self._choose_idle()
@@ -363,12 +363,19 @@ class LongVideoEngine:
         """Load the pipeline, sharded with model.weights zero3, and describe its files on rank 0, which writes records."""
         model, text_device = self.config.model, self.config.parallel.text_device
         shares_text = shards_text(model, text_device)
-        with_text = self.is_first or shares_text
-        load = partial(load_pipeline, text_device=text_device, idle_stays=self._idle_stays)
-        pipe = raise_together(self.mesh, lambda: load(model, with_text=with_text, with_pictures=self.is_first))
+        load = partial(
+            load_pipeline,
+            model,
+            with_text=self.is_first or shares_text,  # rank 0 may fetch and read twice as much as the others
+            with_pictures=self.is_first,
+            text_device=text_device,
+            idle_stays=self._idle_stays,
+        )
+        pipe = raise_once_all_end(self.ranks, load, "loading the weights")
         if model.weights == "zero3":
             shard_pipeline(pipe, model, with_text=shares_text, mesh=self.mesh, device=self.device)
-        return pipe, raise_together(self.mesh, lambda: describe_weights(model) if self.is_first else {})
+        described = partial(describe_weights, model) if self.is_first else dict
+        return pipe, raise_once_all_end(self.ranks, described, "hashing the weights")
 
     def _directed(self, direction: Direction | None) -> contextlib.AbstractContextManager[object]:
         """Apply the events of a timeline to the pipeline for a block."""

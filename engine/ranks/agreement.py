@@ -4,18 +4,23 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from engine.config import RunConfig
-from engine.errors import UserError
+from engine.errors import UserError, first_line
+from engine.ranks.layouts import Ranks
 from parallel import collectives
-from parallel.collectives import CollectiveTrace, ignore_bytes
+from parallel.collectives import CollectiveError, ignore_bytes
 from parallel.mesh import SeqMesh
 
 Result = TypeVar("Result")
+
+FOR_EVER = timedelta(days=365)
+"""How long a rank waits in a store for others that may take any time."""
 
 
 def setting_prints(config: RunConfig) -> dict[str, bytes]:
@@ -74,9 +79,42 @@ def raise_together(mesh: SeqMesh, action: Callable[[], Result]) -> Result:
     return results[0]
 
 
+def raise_once_all_end(ranks: Ranks, action: Callable[[], Result], what: str) -> Result:
+    """`raise_together` of an action that some ranks end long after others, as a download does.
+
+    They wait for each other in the store of the ranks first: a collective waits for `parallel.timeout` at most.
+    """
+
+    def act() -> Result:
+        try:
+            result = action()
+        except (UserError, OSError):
+            _wait_for_all(ranks, what)
+            raise
+        _wait_for_all(ranks, what)
+        return result
+
+    return raise_together(ranks.mesh, act)
+
+
+def _wait_for_all(ranks: Ranks, what: str) -> None:
+    """Wait, without a timeout, until every rank is here; all ranks come the same number of times. Without a store, do nothing."""
+    store, world = ranks.store, ranks.mesh.world
+    if store is None:
+        return
+    try:
+        came = store.add(f"here/{what}", 1)
+        all_came = f"here/{what}/{(came - 1) // world.size}"
+        if came % world.size == 0:
+            store.set(all_came, "all")
+        store.wait([all_came], FOR_EVER)
+    except RuntimeError as error:
+        raise CollectiveError(world.rank, what, "waiting in the store", world.ranks, first_line(error)) from error
+
+
 def broadcast(mesh: SeqMesh, x: Tensor, what: str) -> Tensor:
     """Return rank 0's tensor on every rank; the others pass one of the same shape and dtype to fill."""
-    return collectives.broadcast(x.contiguous(), source=0, group=mesh.world.group, trace=_trace(what))
+    return collectives.broadcast(x.contiguous(), source=0, group=mesh.world.group, trace=mesh.trace(what, ignore_bytes))
 
 
 def broadcast_bytes(mesh: SeqMesh, data: bytes, what: str) -> bytes:
@@ -94,19 +132,14 @@ def from_first(mesh: SeqMesh, action: Callable[[], bytes], what: str) -> bytes:
 
 
 def _gather(mesh: SeqMesh, mine: Tensor) -> list[Tensor]:
-    parts = collectives.gather_copies(
-        _on_mesh(mesh, mine), "agreement", group=mesh.world.group, trace=_trace("agreement at start")
-    )
+    trace = mesh.trace("agreement at start", ignore_bytes)
+    parts = collectives.gather_copies(_on_mesh(mesh, mine), "agreement", group=mesh.world.group, trace=trace)
     return [part.cpu() for part in parts]
 
 
 def _on_mesh(mesh: SeqMesh, x: Tensor) -> Tensor:
     """Move to the mesh's device, since NCCL takes no other tensors."""
     return x.to(mesh.device_mesh.device_type)
-
-
-def _trace(what: str) -> CollectiveTrace:
-    return CollectiveTrace(label=what, on_bytes=ignore_bytes)
 
 
 def digest(text: str) -> bytes:

@@ -4,6 +4,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
+
 from engine.errors import UserError
 from freespec.methods import Method
 from parallel.attention import TORCH_EXCHANGE, HeadExchange, HybridAttention
@@ -24,6 +26,7 @@ class Ranks:
         hybrid: computes all of `direct` over the ranks instead, including the exchange, if not None.
         why: the reason for these degrees, for the record.
         nodes: name of the node of each rank, for the record.
+        store: where they wait for a rank that may take longer than a collective waits; without one they wait in a collective.
     """
 
     mesh: SeqMesh
@@ -32,6 +35,7 @@ class Ranks:
     hybrid: HybridAttention | None = None
     why: str = "given"
     nodes: tuple[str, ...] = ()
+    store: dist.Store | None = None
 
     @property
     def degrees(self) -> Degrees:

@@ -23,6 +23,7 @@ from engine.errors import UserError, first_line
 from engine.given.frames import GivenFrames
 from engine.planner.arrange import Arrangement, arrange_ranks, describe_place, join_ranks
 from engine.ranks.agreement import (
+    FOR_EVER,
     broadcast_bytes,
     choose_failure,
     digest,
@@ -38,17 +39,15 @@ from launch.process.stopping import ignore_signals, say_for_first
 from parallel.collectives import CollectiveError
 
 _ROLL_CALL_SECONDS = 0.05
-_FOR_EVER = timedelta(days=365)
 
 Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistContext:
-    """The processes that make one video together; `ranks` and `store` are None for a process alone."""
+    """The processes that make one video together; `ranks` is None for a process alone."""
 
     ranks: Ranks | None = None
-    store: dist.Store | None = None
 
     def check_on_first(self, check: Callable[[], None]) -> None:
         """Run a check on rank 0; its UserError ends every rank."""
@@ -70,12 +69,12 @@ class DistContext:
         """Make the other ranks wait, without a timeout, until rank 0 has finished `what`."""
         if self.ranks is None:
             return
-        rank = self.ranks.mesh.world.rank
+        rank, store = self.ranks.mesh.world.rank, self.ranks.store
         if rank == 0:
-            self.store.set(what, "done")
+            store.set(what, "done")
             return
         try:
-            self.store.wait([what], _FOR_EVER)
+            store.wait([what], FOR_EVER)
         except RuntimeError as error:
             raise LostRankError(f"rank {rank} lost rank 0 while it finished {what} ({first_line(error)})") from error
 
@@ -111,10 +110,10 @@ def open_ranks(
         if rank_env.rank > 0:
             ignore_signals()
         dist.init_process_group(backend, store=store, rank=rank_env.rank, world_size=rank_env.world, timeout=timeout)
-        ranks = dataclasses.replace(join_ranks(config, arrangement, device), nodes=nodes)
+        ranks = dataclasses.replace(join_ranks(config, arrangement, device), nodes=nodes, store=store)
         if verbose:
             print(describe_place(ranks, arrangement.plan, device), file=sys.stderr, flush=True)
-        yield DistContext(ranks=ranks, store=store)
+        yield DistContext(ranks=ranks)
         if ranks.mesh.monitor is not None:
             ranks.mesh.monitor.close()
     except (CollectiveError, dist.DistError) as error:
