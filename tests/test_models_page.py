@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-COLUMNS = ("Wan2.1", "Wan2.2 A14B", "Wan2.2 5B", "Wan of pictures", "LTX-Video")
+COLUMNS = ("Wan2.1", "Wan2.2 A14B", "Wan2.2 5B", "Wan I2V, FLF2V", "LTX-Video")
 RANKS = "test_any_arrangement_of_ranks_makes_the_same_video"
 METHODS = "test_methods_on_ranks::test_two_ranks_make_the_video_of_one"
 STOCK = "test_the_engine_has_the_bits_of_the_stock_pipeline"
