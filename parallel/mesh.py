@@ -17,25 +17,33 @@ AXES = ("cfg", "ring", "ulysses")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axis:
-    """This rank's line of ranks along one axis: their group, their world ranks, and this rank's place among them."""
+    """This rank's line of ranks along one axis: their group, their world ranks, and this rank's place among them.
+
+    `monitor` follows the collectives where the backend does not report which one a rank waits in; None elsewhere.
+    """
 
     name: str
     group: dist.ProcessGroup
     ranks: tuple[int, ...]
     rank: int
+    monitor: Monitor | None = None
 
     @property
     def size(self) -> int:
         """Number of ranks on the line."""
         return len(self.ranks)
 
+    def trace(self, label: object, on_bytes: Callable[[str, int], None] = ignore_bytes) -> CollectiveTrace:
+        """A trace for collectives of these ranks, which the monitor follows, if there is one."""
+        following = ignore_call if self.monitor is None else self.monitor.following
+        return CollectiveTrace(label=label, on_bytes=on_bytes, on_call=following)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SeqMesh:
     """All axes of this rank. `sequence` is ring x ulysses, ring-major: all ranks that share one video's tokens.
 
-    `alone` is this rank by itself: the ulysses axis of a layout that splits no heads. `world` is all ranks, cfg-major. `monitor` follows the
-    collectives where the backend does not report which one a rank waits in; None elsewhere.
+    `alone` is this rank by itself: the ulysses axis of a layout that splits no heads. `world` is all ranks, cfg-major.
     """
 
     device_mesh: DeviceMesh
@@ -45,7 +53,6 @@ class SeqMesh:
     sequence: Axis
     alone: Axis
     world: Axis
-    monitor: Monitor | None = None
 
     def on_shards(self) -> "SeqMesh":
         """The same ranks with every rank of the sequence on the ring and no heads split."""
@@ -63,8 +70,8 @@ class SeqMesh:
         return True
 
     def trace(self, label: object, on_bytes: Callable[[str, int], None]) -> CollectiveTrace:
-        """A trace for collectives of this mesh, which its monitor follows, if there is one."""
-        return _trace(self.monitor, label, on_bytes)
+        """A trace for collectives of any of these axes."""
+        return self.world.trace(label, on_bytes)
 
 
 def build_mesh(*, cfg: int, ring: int, ulysses: int, device: torch.device, timeout: timedelta) -> SeqMesh:
@@ -89,20 +96,14 @@ def build_mesh(*, cfg: int, ring: int, ulysses: int, device: torch.device, timeo
         "alone": make_axis("alone", ranks.view(world, 1)),
         "world": make_axis("world", ranks.view(1, world)),
     }
-    monitor = None
     if world > 1 and dist.get_backend(dist.group.WORLD) == "nccl":
         monitor = start_cuda_monitor(rank=dist.get_rank(dist.group.WORLD), timeout=timeout)
+        axes = {name: replace(axis, monitor=monitor) for name, axis in axes.items()}
     for axis in axes.values():
-        barrier(group=axis.group, device=device, trace=_trace(monitor, f"start, {axis.name} axis", ignore_bytes))
+        barrier(group=axis.group, device=device, trace=axis.trace(f"start, {axis.name} axis"))
     groups = [axes[name].group for name in AXES]
     device_mesh = DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=AXES)
-    return SeqMesh(device_mesh=device_mesh, monitor=monitor, **axes)
-
-
-def _trace(monitor: Monitor | None, label: object, on_bytes: Callable[[str, int], None]) -> CollectiveTrace:
-    return CollectiveTrace(
-        label=label, on_bytes=on_bytes, on_call=ignore_call if monitor is None else monitor.following
-    )
+    return SeqMesh(device_mesh=device_mesh, **axes)
 
 
 def _axis_maker(timeout: timedelta) -> Callable[[str, Tensor], Axis]:

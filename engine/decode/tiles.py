@@ -10,7 +10,7 @@ from engine.adapters.base import LatentDecoder
 from engine.adapters.blend import fade_in, lay_over, overlap_share
 from engine.decode.pieces import clamp, decode_step, open_decoder
 from engine.decode.tiling import DecodePlan, TileGrid
-from parallel.collectives import CollectiveTrace, collect, ignore_bytes
+from parallel.collectives import collect
 from parallel.mesh import Axis
 
 COLOURS = 3
@@ -50,7 +50,7 @@ def _whole_frames(decoder: LatentDecoder, plan: DecodePlan, world: Axis) -> Iter
         shapes = [[tile_shape(plan.grid, tile, num_frames) for tile in share] for share in plan.shares]
         sizes = [sum(shape.numel() for shape in of_rank) for of_rank in shapes]
         assert flat.numel() == sizes[world.rank], f"tiles of {flat.numel()} numbers, planned were {sizes[world.rank]}"
-        trace = CollectiveTrace(label=f"decode, latent frame {first}", on_bytes=ignore_bytes)
+        trace = world.trace(f"decode, latent frame {first}")
         parts = collect(flat, sizes=sizes, target=0, group=world.group, trace=trace)
         if world.rank == 0:
             yield blend_tiles(_in_order(parts, shapes, plan.shares), plan.grid)

@@ -19,7 +19,7 @@ from engine.decode.live_bytes import LiveBytes
 from engine.decode.pieces import clamp, decode_step, make_ready, open_decoder
 from engine.errors import UserError
 from engine.shown import apart
-from parallel.collectives import CollectiveTrace, gather_copies, ignore_bytes
+from parallel.collectives import gather_copies
 from parallel.mesh import Axis
 from parallel.shards import Range, length
 
@@ -266,7 +266,7 @@ def _free_bytes(vae: Any, world: Axis) -> list[int] | None:
         return None
     else:
         free = _free_host_bytes()
-    trace = CollectiveTrace(label="decode, free memory", on_bytes=ignore_bytes)
+    trace = world.trace("decode, free memory")
     mine = torch.tensor([free], device=vae.device)
     return [int(free) for free in gather_copies(mine, "agreement", group=world.group, trace=trace)]
 

@@ -14,7 +14,7 @@ from engine.config import RunConfig
 from engine.errors import UserError, first_line
 from engine.ranks.layouts import Ranks
 from parallel import collectives
-from parallel.collectives import CollectiveError, ignore_bytes
+from parallel.collectives import CollectiveError
 from parallel.mesh import SeqMesh
 
 Result = TypeVar("Result")
@@ -114,7 +114,7 @@ def _wait_for_all(ranks: Ranks, what: str) -> None:
 
 def broadcast(mesh: SeqMesh, x: Tensor, what: str) -> Tensor:
     """Return rank 0's tensor on every rank; the others pass one of the same shape and dtype to fill."""
-    return collectives.broadcast(x.contiguous(), source=0, group=mesh.world.group, trace=mesh.trace(what, ignore_bytes))
+    return collectives.broadcast(x.contiguous(), source=0, group=mesh.world.group, trace=mesh.world.trace(what))
 
 
 def broadcast_bytes(mesh: SeqMesh, data: bytes, what: str) -> bytes:
@@ -132,7 +132,7 @@ def from_first(mesh: SeqMesh, action: Callable[[], bytes], what: str) -> bytes:
 
 
 def _gather(mesh: SeqMesh, mine: Tensor) -> list[Tensor]:
-    trace = mesh.trace("agreement at start", ignore_bytes)
+    trace = mesh.world.trace("agreement at start")
     parts = collectives.gather_copies(_on_mesh(mesh, mine), "agreement", group=mesh.world.group, trace=trace)
     return [part.cpu() for part in parts]
 

@@ -114,8 +114,8 @@ def open_ranks(
         if verbose:
             print(describe_place(ranks, arrangement.plan, device), file=sys.stderr, flush=True)
         yield DistContext(ranks=ranks)
-        if ranks.mesh.monitor is not None:
-            ranks.mesh.monitor.close()
+        if ranks.mesh.world.monitor is not None:
+            ranks.mesh.world.monitor.close()
     except (CollectiveError, dist.DistError) as error:
         raise LostRankError(str(error) if isinstance(error, CollectiveError) else _lost(rank_env, error)) from error
     # Not after an error: it would wait for the other ranks, and the process is about to end.

@@ -426,8 +426,8 @@ def on_ranks(rank: int, case: tuple[str, Path, tuple[int, int, int]]) -> tuple[T
             assert denoised.resumed_at == 1
             assert torch.equal(denoised.latents, latents)
             frames = sum(len(part) for part in engine.decode(latents))
-        assert mesh.monitor is not None
-        mesh.monitor.close()
+        assert mesh.world.monitor is not None
+        mesh.world.monitor.close()
     return latents, frames
 
 
