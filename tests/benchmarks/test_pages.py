@@ -1,12 +1,13 @@
 """Generated pages equal the output of their command: not edited by hand, and with all results."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import minutes, report
 from engine.files.tables import emptier
 
 
@@ -17,6 +18,12 @@ def read_pages() -> list[str]:
 def test_the_tables_of_the_pages_are_what_the_command_writes() -> None:
     texts = read_pages()
     assert texts == report.fill(texts, report.page_tables()), "run python -m benchmarks.report"
+
+
+def test_long_videos_of_every_length_are_in_the_table() -> None:
+    """A run that was interrupted, or of fewer lengths, leaves a file as well, and the page compares all of them."""
+    rows = report.latest()["minutes"]["results"]
+    assert [(row["far"], row["frames"]) for row in rows] == [*itertools.product(minutes.FAR, minutes.FRAMES)]
 
 
 def test_a_page_without_a_place_for_a_table_is_an_error() -> None:
