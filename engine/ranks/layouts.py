@@ -26,7 +26,8 @@ class Ranks:
         hybrid: computes all of `direct` over the ranks instead, including the exchange, if not None.
         why: the reason for these degrees, for the record.
         nodes: name of the node of each rank, for the record.
-        store: where they wait for a rank that may take longer than a collective waits; without one they wait in a collective.
+        store: where they wait for a rank that loads for longer than a collective waits, on backends that end a rank then without
+            noticing sooner that another one is lost; None: they wait in a collective.
     """
 
     mesh: SeqMesh

@@ -45,9 +45,10 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, kw_only=True)
 class DistContext:
-    """The processes that make one video together; `ranks` is None for a process alone."""
+    """The processes that make one video together; `ranks` and `store` are None for a process alone."""
 
     ranks: Ranks | None = None
+    store: dist.Store | None = None
 
     def check_on_first(self, check: Callable[[], None]) -> None:
         """Run a check on rank 0; its UserError ends every rank."""
@@ -69,12 +70,12 @@ class DistContext:
         """Make the other ranks wait, without a timeout, until rank 0 has finished `what`."""
         if self.ranks is None:
             return
-        rank, store = self.ranks.mesh.world.rank, self.ranks.store
+        rank = self.ranks.mesh.world.rank
         if rank == 0:
-            store.set(what, "done")
+            self.store.set(what, "done")
             return
         try:
-            store.wait([what], FOR_EVER)
+            self.store.wait([what], FOR_EVER)
         except RuntimeError as error:
             raise LostRankError(f"rank {rank} lost rank 0 while it finished {what} ({first_line(error)})") from error
 
@@ -110,10 +111,12 @@ def open_ranks(
         if rank_env.rank > 0:
             ignore_signals()
         dist.init_process_group(backend, store=store, rank=rank_env.rank, world_size=rank_env.world, timeout=timeout)
-        ranks = dataclasses.replace(join_ranks(config, arrangement, device), nodes=nodes, store=store)
+        ranks = dataclasses.replace(join_ranks(config, arrangement, device), nodes=nodes)
+        if backend == "nccl":  # gloo notices a rank that dies at once, in its collectives alone
+            ranks = dataclasses.replace(ranks, store=store)
         if verbose:
             print(describe_place(ranks, arrangement.plan, device), file=sys.stderr, flush=True)
-        yield DistContext(ranks=ranks)
+        yield DistContext(ranks=ranks, store=store)
         if ranks.mesh.world.monitor is not None:
             ranks.mesh.world.monitor.close()
     except (CollectiveError, dist.DistError) as error:
