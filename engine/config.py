@@ -686,7 +686,7 @@ class RunConfig:
         )
         self._check_file()
         self.sampler.check_cfg(self.parallel.cfg)
-        check_far(self.attention.far, self.method.method, self.method.name, dual=self.attention.dual)
+        check_far(self.attention.far, self.method.method, self.method.name)
         check_rest_kernel(
             self.method.method, self.method.name, dual=self.attention.dual, complement=self.attention.complement
         )

@@ -154,10 +154,7 @@ class WindowedAttention:
         the same number of tokens of every frame; outside the windows they stand in for all keys.
         """
         if self.dual_kernel is not None and q.numel() > 0:
-            assert far is None, (
-                "refused where the method is installed: one kernel for both branches attends to all keys"
-            )
-            return self._by_one_kernel(self.dual_kernel, (q, k, v), (q_start, k_start), dtype)
+            return self._by_one_kernel(self.dual_kernel, (q, k, v), (q_start, k_start), far, dtype)
         if torch.compiler.is_compiling():
             made = dual_op(q, k, v, far or (), *self.keys, [*self._geometry, q_start, k_start], dtype)
             return (made[0], made[1]), (made[2], made[3])
@@ -224,7 +221,12 @@ class WindowedAttention:
         return self.num_frames, self.frame_tokens, self.window_frames, int(self.of_scene)
 
     def _by_one_kernel(
-        self, kernel: DualKernel, qkv: tuple[Tensor, Tensor, Tensor], starts: tuple[int, int], dtype: torch.dtype
+        self,
+        kernel: DualKernel,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        starts: tuple[int, int],
+        far: tuple[Tensor, Tensor] | None,
+        dtype: torch.dtype,
     ) -> tuple[Partial, Partial]:
         q, k, _ = qkv
         for group in self._groups(q, starts[0]):
@@ -237,6 +239,7 @@ class WindowedAttention:
             frame_tokens=self.frame_tokens,
             window_frames=self.window_frames,
             global_dtype=dtype,
+            far=far,
         )
         return (out_local, lse_local), (out_global, lse_global)
 

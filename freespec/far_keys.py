@@ -31,8 +31,8 @@ def parse_far(far: int | str) -> FarKeys:
     )
 
 
-def check_far(far: int | str, method: Method, name: str, *, dual: str) -> None:
-    """Raise ValueError for an invalid setting, or one that the method or the kernel of dual steps would not use."""
+def check_far(far: int | str, method: Method, name: str) -> None:
+    """Raise ValueError for an invalid setting, or one that the method would not use."""
     if parse_far(far) is None:
         return
     modes = {step.mode for step in method.plan([1000.0, 1.0])}
@@ -42,8 +42,6 @@ def check_far(far: int | str, method: Method, name: str, *, dual: str) -> None:
             f"attention.far {far} thins the keys of dual steps, and method {name} has steps of the kinds {', '.join(sorted(modes))}: "
             f"use all, or a method that fuses both branches, such as freespec{instead}"
         )
-    if dual == "triton":
-        raise ValueError(f"attention.far {far} needs attention.dual strided; triton attends to all keys in one call")
 
 
 def far_tokens(far: int | str, *, num_frames: int, frame_tokens: int, window_frames: int) -> int | None:

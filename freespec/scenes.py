@@ -79,39 +79,23 @@ class ScenedAttention:
         far: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Partial, Partial]:
         """Both branches: each query's window, which k and v must cover, and all keys of k, the latter in `dtype`; `far` as there."""
-        if far is not None:
-            return self._dual_thinned((q, k, v), (q_start, k_start), far, dtype)
         local, compute_dtype = [], []
+        others, shift = (far, self.video.far_shift(far[0].shape[1])) if far else ((k, v), 0.0)
         for scene, rows, (ks, vs), starts, (first, last) in self._split((q, k, v), q_start, k_start):
-            near, (out, lse) = scene.dual(rows, ks, vs, starts[0], starts[1], dtype=dtype)
-            for outside in (slice(0, first), slice(last, k.shape[1])):
+            inside = None
+            if far:
+                kept, offset = far[0].shape[1] // self.video.num_frames, first + k_start - starts[1]
+                first = offset // scene.frame_tokens * kept  # noqa: PLW2901 - rows of far instead of k
+                last = first + scene.num_frames * kept  # noqa: PLW2901
+                inside = far[0][:, first:last], far[1][:, first:last]
+            near, (out, lse) = scene.dual(rows, ks, vs, starts[0], starts[1], dtype=dtype, far=inside)
+            for outside in (slice(0, first), slice(last, others[0].shape[1])):
                 if outside.start < outside.stop:
-                    merge_into(out, lse, *scene.far(rows, k[:, outside], v[:, outside]))
+                    part, part_lse = scene.far(rows, others[0][:, outside], others[1][:, outside])
+                    merge_into(out, lse, part, part_lse + shift)
             local.append(near)
             compute_dtype.append((out, lse))
         return _join(q, local), _join(q, compute_dtype)
-
-    def _dual_thinned(
-        self, qkv: tuple[Tensor, Tensor, Tensor], starts: Range, far: tuple[Tensor, Tensor], dtype: torch.dtype
-    ) -> tuple[Partial, Partial]:
-        """`dual` with the kept tokens `far` of each frame outside the windows: those of the scene, then those of the others."""
-        local = self.local(*qkv, *starts)
-        out, lse = local[0].to(dtype, copy=True), local[1].clone()
-        q, q_start, kept = qkv[0], starts[0], far[0].shape[1] // self.video.num_frames
-        for scene, offset, stop in self._scenes:
-            first, last = max(q_start, offset), min(q_start + q.shape[1], stop)
-            if first >= last:
-                continue
-            rows = slice(first - q_start, last - q_start)
-            begin, end = (bound // self.video.frame_tokens * kept for bound in (offset, stop))
-            inside = far[0][:, begin:end], far[1][:, begin:end]
-            for (item, place), part, part_lse in scene.far_parts(q[:, rows], inside, first - offset):
-                merge_into(out[item, rows][place], lse[item, rows][place], part, part_lse)
-            for outside in (slice(0, begin), slice(end, far[0].shape[1])):
-                if outside.start < outside.stop:
-                    part, part_lse = scene.far(q[:, rows], far[0][:, outside], far[1][:, outside])
-                    merge_into(out[:, rows], lse[:, rows], part, part_lse + self.video.far_shift(far[0].shape[1]))
-        return local, (out, lse)
 
     def views(self, q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]) -> Iterator[Tensor]:
         """Views are of the whole video, see `WindowedAttention.views`."""

@@ -139,7 +139,7 @@ def apply_method(  # noqa: PLR0913 - keywords of a public function
     )
     name = method if isinstance(method, str) else type(made).__name__
     try:
-        check_far(far, made, name, dual=dual)
+        check_far(far, made, name)
         check_rest_kernel(made, name, dual=dual, complement=complement)
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -9,7 +9,7 @@ import multiprocessing
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from freespec.attention import WindowedAttention
 from freespec.kernels import plain, select_dual
+from freespec.thinning import kept_tokens
 from tests.freespec.cases import Video, assert_low_precision
 
 CPU = torch.device("cpu")
@@ -41,12 +42,24 @@ class Case:
     global_dtype: torch.dtype | None = None
     tiles: tuple[int, int] = SMALL_TILES
     heads_first: bool = False  # [B, N, S, D] in memory, as some kernels leave it
+    kept: int | None = None  # tokens of a frame that are far keys
 
-    def parts(self) -> tuple[tuple[Tensor, Tensor, Tensor], int, int]:
-        """q, k, v of the part, and where q and k start."""
+    def whole(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of the video."""
         q, k, v = self.video.qkv(0, self.dtype)
         if self.heads_first:
             q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        return q, k, v
+
+    def far_index(self) -> Tensor | None:
+        """Tokens of the video that are far keys; None if all are attended."""
+        tokens = self.video.frame_tokens
+        sizes = {"num_frames": self.video.num_frames, "layers": 1, "step": 3}
+        return None if self.kept is None else kept_tokens(1, tokens, kept=self.kept, **sizes)[0]
+
+    def parts(self) -> tuple[tuple[Tensor, Tensor, Tensor], int, int]:
+        """q, k, v of the part, and where q and k start."""
+        q, k, v = self.whole()
         a, b = self.queries or (0, self.video.num_tokens)
         c, d = self.keys or (0, self.video.num_tokens)
         return (q[:, a:b], k[:, c:d], v[:, c:d]), a, c
@@ -73,7 +86,11 @@ def run(case: Case, device: str = "cpu") -> tuple[Tensor, ...]:
     tiles = Tiles(queries=case.tiles[0], keys=case.tiles[1], warps=4, stages=1)
     layer = windowed(case.video, lambda *args, **kwargs: dual(*args, **kwargs, tiles=tiles))
     q, k, v = (x.to(device) for x in qkv)
-    local, o_global = layer.dual(q, k, v, q_start, k_start, dtype=case.global_dtype or case.dtype)
+    far, index = None, case.far_index()
+    if index is not None:
+        far_k, far_v = (x.to(device)[:, index] for x in case.whole()[1:])
+        far = far_k, far_v
+    local, o_global = layer.dual(q, k, v, q_start, k_start, dtype=case.global_dtype or case.dtype, far=far)
     return tuple(x.cpu() for x in (*local, *o_global))
 
 
@@ -139,10 +156,18 @@ def exact(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
     frame = (q_start + torch.arange(q.shape[1])) // video.frame_tokens
     key_frame = (k_start + torch.arange(k.shape[1])) // video.frame_tokens
     first = (frame - video.window_frames // 2).clamp(0, max(video.num_frames - video.window_frames, 0))[:, None]
+    weight = torch.ones(k.shape[1])
+    index = case.far_index()
+    if index is not None:  # far keys are those of the whole video, and count as often as tokens are left out
+        _, k, v = case.whole()
+        key_frame = torch.arange(video.num_tokens) // video.frame_tokens
+        weight = torch.zeros(video.num_tokens)
+        weight[index] = video.num_tokens / len(index)
     outside = (key_frame < first) | (key_frame >= first + video.window_frames)
     logits = torch.einsum("bsnd,bknd->bnsk", q.to(dtype), k.to(dtype)) / q.shape[-1] ** 0.5
     results: list[Tensor] = []
-    for seen in (logits.masked_fill(outside, float("-inf")), logits):
+    for count in (torch.zeros(()), weight):
+        seen = logits + torch.where(outside, count, 1.0).log().to(dtype)
         out = torch.einsum("bnsk,bknd->bsnd", seen.softmax(-1), v.to(dtype))
         results += [out, seen.logsumexp(-1).transpose(1, 2)]
     return tuple(results)
@@ -196,6 +221,36 @@ def test_a_shard_of_the_queries_and_keys(interpreter: ProcessPoolExecutor, shard
     queries, keys = SHARDS[shard]
     # Some heads, for enough numbers: with five queries of one, which of two kernels rounds better is chance, and the machine's.
     case = Case(video=video(9, 13, 3, 16, batch=2, heads=3), queries=queries, keys=keys)
+    check(case, interpreter.submit(run, case).result())
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(Case(video=video(9, 13, 3, 16, batch=2, heads=2), kept=4), id="a third"),
+        pytest.param(
+            Case(video=video(9, 13, 4, 24, heads=2), kept=12, heads_first=True), id="all but one, even window"
+        ),
+        pytest.param(Case(video=video(40, 5, 3, 16), kept=1), id="blocks of more far frames than a window"),
+        pytest.param(Case(video=video(3, 10, 4, 32, heads=2), kept=3), id="shorter than a window: none is far"),
+        pytest.param(Case(video=video(7, 9, 3, 16, heads=2), kept=2, dtype=torch.bfloat16), id="bf16"),
+    ],
+)
+def test_far_keys_of_a_video(interpreter: ProcessPoolExecutor, case: Case) -> None:
+    check(case, interpreter.submit(run, case).result())
+    every = replace(case, kept=None)
+    if case.video.num_frames > case.video.window_frames:
+        with pytest.raises(AssertionError):
+            check(every, interpreter.submit(run, case).result())
+
+
+@needs_triton
+@pytest.mark.parametrize("shard", SHARDS)
+def test_far_keys_of_a_shard(interpreter: ProcessPoolExecutor, shard: str) -> None:
+    """The keys of the shard serve its windows alone; far keys are of the whole video."""
+    queries, keys = SHARDS[shard]
+    case = Case(video=video(9, 13, 3, 16, batch=2, heads=3), queries=queries, keys=keys, kept=5)
     check(case, interpreter.submit(run, case).result())
 
 
@@ -318,6 +373,7 @@ def test_a_missing_triton_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=gpu) for dtype in DTYPES])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_on_a_gpu(dtype: torch.dtype, dim: int) -> None:
-    case = Case(video=video(7, 100, 3, dim, batch=2), dtype=dtype, tiles=(64, 32))
+@pytest.mark.parametrize("kept", [None, 13])
+def test_on_a_gpu(dtype: torch.dtype, dim: int, kept: int | None) -> None:
+    case = Case(video=video(7, 100, 3, dim, batch=2), dtype=dtype, tiles=(64, 32), kept=kept)
     check(case, run(case, "cuda"))
