@@ -44,7 +44,7 @@ findings:      ; $(BIN)/python launch/findings.py --make analysis,videos,steps $
 findings-page: ; $(BIN)/python launch/findings.py $(ARGS)
 calibrate:     ; $(BIN)/python launch/findings.py --make calibration $(ARGS)
 
-# On a CPU, less than five minutes; on a GPU, less than nine.
+# On a CPU, about eight minutes; on a GPU, less than nine.
 bench:         ; $(BIN)/python -m benchmarks.every cpu
 bench-gpu:     ; $(BIN)/python -m benchmarks.every gpu
 clean:         ; rm -rf .venv build dist *.egg-info

@@ -12,7 +12,7 @@ COMMANDS = {
         "fusion --shapes tiny wan-short --no-dual wan-short --repeats 9",
         "parallel --shapes tiny --repeats 3",
         "memory",
-        "timeline --repeats 3",
+        "timeline --repeats 5",
     ),
     "gpu": ("gpu --out benchmarks/results/gpu",),
 }

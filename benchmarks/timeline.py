@@ -5,6 +5,8 @@ python -m benchmarks.timeline
 
 from typing import Any
 
+import torch
+
 from benchmarks import tables
 from benchmarks.measure import over_and_under, parser, round_robin, run, spread
 from engine.engine import LongVideoEngine
@@ -33,6 +35,7 @@ def measure(model: str, repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, print and write."""
     args = parser(__doc__, repeats=5).parse_args()
+    torch.set_num_threads(1)  # models this small are slower on more, and their times vary more
     settings = {"num_frames": 129, "num_steps": STEPS}
     run("timeline", args, (measure(model, args.repeats) for model in MODELS), tables.timeline, settings)
 
