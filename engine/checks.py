@@ -8,7 +8,7 @@ import torch
 from engine.adapters import ModelAdapter, VideoSpec
 from engine.config import RunConfig
 from engine.decode.tiling import check_tiles
-from engine.errors import UserError
+from engine.errors import UserError, as_user_error
 from engine.given.frames import GivenFrames
 from engine.kernel_choice import select_kernels
 from engine.load.experts import check_sides
@@ -68,10 +68,8 @@ def check_text_tokens(config: RunConfig, only: int | None) -> None:
 def check_kernels(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Raise UserError for attention kernels that do not run on this device and dtype."""
     attention = config.attention
-    try:
+    with as_user_error():
         select_kernels(device, dtype, kernel=attention.kernel, dual=attention.dual, complement=attention.complement)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def check_ranks(config: RunConfig, ranks: Ranks) -> None:
@@ -105,10 +103,8 @@ def check_far_tokens(config: RunConfig, spec: VideoSpec, *, num_frames: int | No
         "frame_tokens": rows * columns,
         "window_frames": config.method.window_frames,
     }
-    try:
+    with as_user_error():
         far_tokens(config.attention.far, **sizes)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def check_beside(config: RunConfig, spec: VideoSpec, given: GivenFrames | None, *, num_frames: int) -> None:
@@ -130,11 +126,9 @@ def check_beside(config: RunConfig, spec: VideoSpec, given: GivenFrames | None, 
 
 def check_layers(config: RunConfig, transformer: Mapping[str, Any]) -> None:
     """Raise UserError for a method's layers that the checkpoint lacks; one that names no number is checked when it is loaded."""
-    try:
+    with as_user_error():
         if "num_layers" in transformer:
             config.method.method.check_layers(transformer["num_layers"])
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def check_shift(scheduler: Mapping[str, Any], shift: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any, Literal
 
-from engine.errors import UserError
+from engine.errors import UserError, as_user_error
 from engine.paths import is_pickle
 from freespec.far_keys import check_far, parse_far
 from freespec.kernel_names import COMPLEMENTS, DUALS, NAMES
@@ -686,10 +686,11 @@ class RunConfig:
         )
         self._check_file()
         self.sampler.check_cfg(self.parallel.cfg)
-        check_far(self.attention.far, self.method.method, self.method.name)
-        check_rest_kernel(
-            self.method.method, self.method.name, dual=self.attention.dual, complement=self.attention.complement
-        )
+        with as_user_error():
+            check_far(self.attention.far, self.method.method, self.method.name)
+            check_rest_kernel(
+                self.method.method, self.method.name, dual=self.attention.dual, complement=self.attention.complement
+            )
         xfuser = self.parallel.provider == "xfuser"
         _check(
             not xfuser or self.method.name == "direct",

@@ -1,6 +1,8 @@
 """The error for a user's mistake, which commands print as one line, and messages for exhausted memory and for latents with NaN."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +15,17 @@ class UserError(ValueError):
 
 class NotFiniteError(UserError):
     """Latents contain NaN or infinity."""
+
+
+@contextmanager
+def as_user_error() -> Iterator[None]:
+    """Raise a ValueError of the block, such as those of freespec's checks, as a UserError of the same text."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def check_finite(latents: "Tensor", *, where: str, remedy: str) -> None:

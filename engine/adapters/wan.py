@@ -28,7 +28,7 @@ from engine.adapters.base import (
     half_of_two,
 )
 from engine.config import DecodeConfig
-from engine.errors import UserError
+from engine.errors import UserError, as_user_error
 from engine.schedulers import TRAINED_TIMESTEPS, fixed_shift
 
 _WITH_PICTURES = "WanImageToVideoPipeline"
@@ -114,12 +114,10 @@ class WanAdapter(ModelAdapter):
         # Without projections of their own, pictures' tokens are attended as text: a method leaves that to diffusers.
         added = first.get("added_kv_proj_dim") or first.get("image_dim")
         vae = {} if pipe.vae is None else pipe.vae.config  # a pipeline may have only what its steps need
-        try:
+        with as_user_error():
             self.video_spec(
                 first | {"added_kv_proj_dim": added}, vae, {**pipe.config, "_class_name": _class_name(pipe)}
             )
-        except ValueError as error:
-            raise UserError(str(error)) from error
         for other in others:
             unlike = sorted(key for key in first | other if first.get(key) != other.get(key))
             if unlike:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from engine.config import RunConfig
-from engine.errors import UserError
+from engine.errors import UserError, as_user_error
 from engine.identity import flat
 
 MAY_DIFFER = ("method.", "sampler.noise", "attention.riflex", "attention.far")
@@ -27,10 +27,8 @@ class Variant:
     @classmethod
     def of(cls, config: RunConfig, method: str) -> "Variant":
         """The same run with another method, whose name is the label; UserError for an unknown one."""
-        try:
+        with as_user_error():
             return cls(label=method, config=replace(config, method=replace(config.method, name=method)))
-        except ValueError as error:
-            raise UserError(str(error)) from error
 
     @property
     def method(self) -> str:

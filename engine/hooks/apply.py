@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from engine.adapters import ModelAdapter, adapter_of_pipeline
 from engine.adapters.base import half_of_two, refuse_one_of_two
 from engine.checks import check_riflex
-from engine.errors import UserError
+from engine.errors import UserError, as_user_error
 from engine.hooks.in_force import (
     Installed,
     Uncopyable,
@@ -138,11 +138,9 @@ def apply_method(  # noqa: PLR0913 - keywords of a public function
         adapter, transformer, method, window_frames, kernels=(kernel, dual, complement), riflex=riflex, **settings
     )
     name = method if isinstance(method, str) else type(made).__name__
-    try:
+    with as_user_error():
         check_far(far, made, name)
         check_rest_kernel(made, name, dual=dual, complement=complement)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     if ranks is not None:
         check_layout(name, made, ranks.degrees)
         if ranks.hybrid is not None and not isinstance(made, Direct):
@@ -207,7 +205,7 @@ def _make(
         raise UserError("settings go with a method's name; a method object has its own")
     check_riflex(adapter, riflex)
     kernel, dual, complement = kernels
-    try:
+    with as_user_error():
         made = make_method(method, **settings) if isinstance(method, str) else method
         made.check_window(window_frames)
         made.check_layers(len(adapter.attention_modules(transformer)))
@@ -216,8 +214,6 @@ def _make(
         if riflex.enabled:
             frequencies = [frequency for frequency, _ in adapter.temporal_frequencies(transformer)]
             lowered_frequency(riflex, frequencies, num_frames=1, window_frames=window_frames)  # raises if there is none
-    except ValueError as error:
-        raise UserError(str(error)) from error
     return made
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.devices import wait_for
-from engine.errors import UserError, check_finite
+from engine.errors import UserError, as_user_error, check_finite
 from engine.hooks.in_force import Uncopyable, refuse_caches_of_one_rank, skips_layers
 from engine.hooks.self_attention import BranchProcessor
 from engine.hooks.state import Forward, RunState
@@ -247,15 +247,13 @@ class StepHook(Uncopyable):
     ) -> Sequence[KeptTokens | None]:
         """The keys outside the windows that each layer attends to in this step, made once a step; None for all of them."""
         setup = self.state.setup
-        try:
+        with as_user_error():
             kept = far_tokens(
                 setup.far,
                 num_frames=grid.frames,
                 frame_tokens=grid.frame_tokens,
                 window_frames=grid.window_frames,
             )
-        except ValueError as error:
-            raise UserError(str(error)) from error
         if kept is None or mode != "dual":
             return [None] * layers
         kept_for = (step, grid, device)

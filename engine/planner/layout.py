@@ -7,7 +7,7 @@ from math import prod
 from typing import Literal, cast
 
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
-from engine.errors import UserError
+from engine.errors import as_user_error
 from engine.given.frames import Places
 from engine.planner.model import FP32_BYTES, ModelSpec
 from engine.ranks.layouts import Degrees, refused_axes
@@ -245,10 +245,8 @@ def lay_out(  # noqa: PLR0913 - a video, its ranks, and settings of attention
     frames += len(given.moments)
     frame_tokens = rows * columns
     window_frames = min(method.window_frames, frames)
-    try:
+    with as_user_error():
         kept = far_tokens(far, num_frames=frames, frame_tokens=frame_tokens, window_frames=window_frames)
-    except ValueError as error:
-        raise UserError(str(error)) from error
     if local_route == "auto":
         sequence = plan_sequence(frames * frame_tokens, spec.heads, degrees, even=even)
         shape = LayerShape(batch=1, head_dim=spec.head_dim, itemsize=itemsize)
