@@ -18,12 +18,14 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from benchmarks.attention import (
     exact_branches,
     memory_and_error,
+    peak_memory,
     spread_queries,
     strided_calls,
     tera_operations,
 )
+from benchmarks.far import dual_call, exact_rows, kept_of, share_of_operations
 from benchmarks.fusion import falling_branches, fuse_call, part_calls, svd_fp32, weights_of
-from benchmarks.measure import QKV, Shape, ratio, round_robin, spread
+from benchmarks.measure import QKV, Shape, ratio, relative_error, round_robin, spread
 from benchmarks.sections.bench import Bench, ShapeRun
 from freespec.attention import merge_into
 from freespec.kernels import Kernel, select_dual
@@ -33,6 +35,7 @@ MATRIX = 8192  # rows and columns of the product that gives the device's rate
 SVD_SECONDS = 20.0  # that the SVDs of one model may take
 SVD_HEADS = 2  # the SVD of all heads takes seconds: it and ours are compared on this many
 FLEX = "local FlexAttention, masked"
+FAR = "1/8"  # far keys of the variants `far`, dual calls that gather and attend to them
 Calls = dict[str, Callable[[], Any]]
 
 
@@ -65,7 +68,7 @@ class LayerRun(ShapeRun):
             seconds = self.times.get(name, [])
             timed = {"wall_s": spread(seconds), "tflops": rate(work, name, seconds)} if seconds else {}
             variants[name] = timed | self.checked.get(name, {})
-        branches = {branch: quickest(self.times, f"{branch} ") for branch in ("global", "local", "dual")}
+        branches = {branch: quickest(self.times, f"{branch} ") for branch in ("global", "local", "dual", "far")}
         strided = {branch: name for branch, name in branches.items() if name}
         found = {
             "sizes": str(self.shape),
@@ -88,6 +91,8 @@ def dense_and_fusion(layer: LayerRun) -> None:
     calls = dense_calls(shape, qkv, kernels)
     errors = errors_against_exact(bench, shape, qkv)
     calls = {name: call for name, call in calls.items() if layer.check(name, call, errors)}
+    far, errors = far_calls(shape, qkv, kernels), errors_of_far(bench, shape, qkv)
+    calls |= {name: call for name, call in far.items() if layer.check(name, call, errors)}
     bench.choose_solver(shape)
     parts, why = bench.attempt(lambda: fusion_calls(bench, shape, calls))
     if parts is None:
@@ -114,12 +119,12 @@ def triton_and_flex(layer: LayerRun) -> None:
     """The variants that compile first, each in rounds with the strided call that it is compared with."""
     bench, shape = layer.bench, layer.shape
     qkv = shape.draw(bench.device, bench.dtype)
-    errors = errors_against_exact(bench, shape, qkv)
+    errors, of_far = errors_against_exact(bench, shape, qkv), errors_of_far(bench, shape, qkv)
     kernels, _ = bench.kernels()
-    strided = dense_calls(shape, qkv, kernels)
+    strided = dense_calls(shape, qkv, kernels) | far_calls(shape, qkv, kernels)
     for name, make in (triton_calls(bench, shape, qkv, layer.left_out) | {FLEX: flex_call(bench, shape, qkv)}).items():
         other = quickest(layer.times, f"{name.split()[0]} ")
-        if other is None or not layer.check(name, make, errors):
+        if other is None or not layer.check(name, make, of_far if name.startswith("far ") else errors):
             continue
 
         def add_time(which: str, seconds: float, name: str = name) -> None:
@@ -137,6 +142,24 @@ def errors_against_exact(bench: Bench, shape: Shape, qkv: QKV) -> Callable[[Call
     queries = spread_queries(shape, bench.device)
     exact = exact_branches(shape, qkv, queries)
     return lambda call: memory_and_error(call, exact, queries, bench.device)
+
+
+def errors_of_far(bench: Bench, shape: Shape, qkv: QKV) -> Callable[[Callable[[], Any]], dict[str, Any]]:
+    """`errors_against_exact` of calls of `far_calls`, whose reference weighs each key."""
+    queries = spread_queries(shape, bench.device)
+    exact = exact_rows(shape, qkv, queries, kept_of(shape, FAR, bench.device))
+
+    def look(call: Callable[[], Any]) -> dict[str, Any]:
+        peak, out = peak_memory(call, bench.device)
+        return {"peak_extra_mib": peak, "error": {"global": relative_error(out[:, queries], exact)}}
+
+    return look
+
+
+def far_calls(shape: Shape, qkv: QKV, kernels: dict[str, Kernel]) -> Calls:
+    """Dual calls with some of the far keys, by dense kernels."""
+    kept = kept_of(shape, FAR, qkv[0].device)
+    return {f"far {name}": dual_call(shape.windowed(kernel), qkv, kept) for name, kernel in kernels.items()}
 
 
 def dense_calls(shape: Shape, qkv: QKV, kernels: dict[str, Kernel]) -> Calls:
@@ -168,6 +191,8 @@ def triton_calls(bench: Bench, shape: Shape, qkv: QKV, refused: dict[str, str]) 
         calls[name] = lambda other=other: shape.windowed(dual, dual_kernel=other).both(*qkv)
     with_grams = partial(dual, grams=True)
     calls["dual triton with Grams"] = lambda: shape.windowed(dual, dual_kernel=with_grams).both(*qkv)
+    kept = kept_of(shape, FAR, qkv[0].device)
+    calls["far triton"] = dual_call(shape.windowed(dual, dual_kernel=dual), qkv, kept)
     return calls
 
 
@@ -215,7 +240,9 @@ def matrix_product(bench: Bench) -> Callable[[], Tensor]:
 def operations(bench: Bench, shape: Shape) -> dict[str, float]:
     """Multiply-adds x 2 of each kind of call, in 10^12."""
     size = 256 if bench.small else MATRIX
-    return tera_operations(shape, shape.heads) | {"matrix product": 2 * size**3 / 1e12}
+    work = tera_operations(shape, shape.heads)
+    far = work["global"] * share_of_operations(shape, kept_of(shape, FAR))
+    return work | {"far": far, "matrix product": 2 * size**3 / 1e12}
 
 
 def rate(work: dict[str, float], name: str, seconds: list[float]) -> float | None:
@@ -239,10 +266,13 @@ def ratios(layer: LayerRun, strided: dict[str, str], work: dict[str, float]) -> 
     """The ratios of the goals, each within the same rounds, of what is timed so far."""
     times = layer.times
     none: list[float] = []
-    o_global, near, dual = (times.get(strided.get(branch, ""), none) for branch in ("global", "local", "dual"))
+    o_global, near, dual, far = (
+        times.get(strided.get(branch, ""), none) for branch in ("global", "local", "dual", "far")
+    )
     pairs = {
         "dual / global": (dual, o_global),
         "local / global": (near, o_global),
+        "far / global": (far, o_global),
         "fusion / dual": (times.get("fusion", none), dual),
         "merge / dual": (times.get("merge", none), dual),
         "dual / two calls": (dual, [a + b for a, b in zip(o_global, near, strict=False)]),
@@ -253,10 +283,11 @@ def ratios(layer: LayerRun, strided: dict[str, str], work: dict[str, float]) -> 
     }
     for name in [name.removeprefix("dual ") for name in times if name.startswith("dual ") and "triton" not in name]:
         pairs[f"dual / global, {name}"] = (times[f"dual {name}"], times.get(f"global {name}", none))
-    tritons = [name for name in layer.beside if name.startswith("dual triton")]
-    if tritons:
-        quick = min(tritons, key=lambda name: spread(times.get(name) or layer.beside[name])["median"])
-        pairs["dual triton / dual strided"] = (times.get(quick, none), layer.beside[quick])
+    for kind in ("dual", "far"):
+        tritons = [name for name in layer.beside if name.startswith(f"{kind} triton")]
+        if tritons:
+            quick = min(tritons, key=lambda name: spread(times.get(name) or layer.beside[name])["median"])
+            pairs[f"{kind} triton / {kind} strided"] = (times.get(quick, none), layer.beside[quick])
     if FLEX in layer.beside:
         pairs["local FlexAttention / local strided"] = (times.get(FLEX, none), layer.beside[FLEX])
     whole = {name: [side[: min(map(len, sides))] for side in sides] for name, sides in pairs.items()}

@@ -413,8 +413,16 @@ def test_triton_is_measured_too(files: gpu_report.Files) -> None:
     for model in ("wan", "ltx"):
         assert files["correctness"]["results"][f"attention, {model}"]["triton"]["within rounding"] is True
         layer = files["layer"]["results"][model]
-        assert {"dual triton", "dual triton with Grams"} <= set(layer["variants"])
-        assert "dual triton / dual strided" in layer["ratios"]
+        assert {"dual triton", "dual triton with Grams", "far triton"} <= set(layer["variants"])
+        assert {"dual triton / dual strided", "far triton / far strided"} <= set(layer["ratios"])
+
+
+def test_far_keys_are_measured_against_explicit_weights(files: gpu_report.Files) -> None:
+    for model in ("wan", "ltx"):
+        variants = files["layer"]["results"][model]["variants"]
+        far = {name: found["error"]["global"] for name, found in variants.items() if name.startswith("far ")}
+        exact = {name: found["error"]["global"] for name, found in variants.items() if name.startswith("dual ")}
+        assert 0 < max(far.values()) < 4 * max(exact.values())
 
 
 def test_every_goal_is_found_in_the_files(files: gpu_report.Files) -> None:
