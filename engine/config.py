@@ -686,10 +686,7 @@ class RunConfig:
         )
         self._check_file()
         self.sampler.check_cfg(self.parallel.cfg)
-        check_far(self.attention.far, self.method.method, self.method.name)
-        check_rest_kernel(
-            self.method.method, self.method.name, dual=self.attention.dual, complement=self.attention.complement
-        )
+        self._check_far_keys()
         xfuser = self.parallel.provider == "xfuser"
         _check(
             not xfuser or self.method.name == "direct",
@@ -698,6 +695,15 @@ class RunConfig:
         self._check_cache()
         if self.output.trace:
             self.check_traceable()
+
+    def _check_far_keys(self) -> None:
+        """Reject settings of the keys outside the windows that the method would not use."""
+        method, name, attention = self.method.method, self.method.name, self.attention
+        try:
+            check_far(attention.far, method, name)
+            check_rest_kernel(method, name, dual=attention.dual, complement=attention.complement)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def _check_cache(self) -> None:
         """Reject what a step cache excludes."""
