@@ -58,7 +58,7 @@ def describe_out_of_memory(error: BaseException, *, when: str, of_folder: bool =
         "--decode.mode tiled, or a shorter or smaller video",
     )
     advice = (
-        f"more ranks or {fits} would fit; with another --out also {also}"
+        f"more ranks or {fits} would fit; in another folder also {also}"
         if of_folder
         else f"more ranks, {fits}, {also} would fit"
     )

@@ -1,8 +1,10 @@
 """Paths as users write them, and the revision of a checkout."""
 
+import contextlib
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,15 @@ def expand(path: str) -> Path:
         raise UserError(f"cannot resolve {path!r}: {error}") from error
 
 
+@contextlib.contextmanager
+def failing_as(what: str) -> Iterator[None]:
+    """Raise UserError, `what` and the reason, for a file that the block cannot look for or read: no permission, too long a name."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what:.200}: {error.strerror}") from error
+
+
 def find_file(path: str) -> Path:
     """Find a file in the working directory, or among those that come with the program (`configs/prompts/...`)."""
     own = expand(path)
@@ -40,13 +51,11 @@ def find_file(path: str) -> Path:
 
 def find_checkpoint(path: str) -> Path | str:
     """Resolve `model.path`: a folder (of the working directory, then of the repository), or a hub name."""
-    try:
+    with failing_as(f"cannot look for model.path {path}"):
         for folder in (expand(path), SHIPPED / path):
             if folder.is_dir():
                 return folder
         is_file = expand(path).is_file()
-    except OSError as error:  # no permission, name too long
-        raise UserError(f"cannot look for model.path {path!r}: {error}") from error
     if is_file and is_pickle(path):
         raise UserError(f"model.path {path} is a pickle, which can run code and is not read; give .safetensors files")
     if is_file:

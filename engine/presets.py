@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.trees import read_yaml
-from engine.paths import SHIPPED, expand
+from engine.paths import SHIPPED, expand, failing_as
 from engine.text.prompt_files import resolve_negative_prompt
 
 _TYPE_ERROR = re.compile(
@@ -125,13 +125,11 @@ def _never_null(kind: Any, prefix: str = "") -> frozenset[str]:
 def find_config(name: str) -> Path:
     """Find a preset's file in the working directory, or among those that come with the program, with or without `.yaml`."""
     folder = SHIPPED / "configs"
-    try:
+    with failing_as(f"cannot look for --config {name[:60]}"):
         for place in (expand(name), SHIPPED / name, folder / name):
             for path in (place, place.parent / f"{place.name}.yaml"):
                 if path.is_file():
                     return path
-    except OSError as error:  # no permission, name too long
-        raise UserError(f"cannot look for --config {name[:60]}: {error.strerror}") from error
     presets = sorted(path.stem for path in folder.glob("*.yaml"))
     raise UserError(
         f"--config {name} does not exist; give a file, or one of the presets {', '.join(presets)} of {folder}"

@@ -214,7 +214,7 @@ class BatchFiles:
         try:
             nearest = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
             if not nearest.is_dir():
-                raise UserError(f"cannot write to --out {self.root}: {nearest} is not a folder")
+                raise UserError(f"cannot write to the folder {self.root}: {nearest} is not a folder")
             for path in (self.root / name for name in ("text", "quarantine", "logs", "status", "locks")):
                 if path.exists() and not path.is_dir():
                     raise UserError(f"{path} is not a folder, where a batch has one; move it away")
@@ -222,7 +222,7 @@ class BatchFiles:
                 if path.is_dir():
                     raise UserError(f"{path} is a folder, where a batch has a file; move it away")
         except OSError as error:
-            raise UserError(f"cannot look into --out {self.root}: {error.strerror}") from error
+            raise UserError(f"cannot look into the folder {self.root}: {error.strerror}") from error
 
     def write_manifest(self) -> Manifest:
         """Compile `manifest.jsonl` from all sidecars and quarantined items."""

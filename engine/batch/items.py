@@ -148,7 +148,7 @@ def check_folder(root: Path, batch: Batch) -> Mapping[str, Any]:
     path = root / FILE
     before = read_tree(path, {"schema": int}, what="a batch's description") or NOTHING
     if before["schema"] != SCHEMA:
-        raise UserError(f"{path} was written by another version of this program; choose another --out")
+        raise UserError(f"{path} was written by another version of this program; choose another folder")
     check_tree(path, before, SHAPE, what="a batch's description")
     if (wrong := lacking_inside(before)) is not None:
         raise DamagedError(f"{path} is not a batch's description: {wrong}")
@@ -170,19 +170,19 @@ def lacking_inside(tree: Mapping[str, Any]) -> str | None:
     return None
 
 
-def check_same(place: Path, before: Mapping[str, Any], batch: Batch, *, flag: str = "--out") -> None:
-    """Raise UserError if a variant or a prompt differs from that in a folder or file, which the option `flag` names."""
+def check_same(place: Path, before: Mapping[str, Any], batch: Batch, *, where: str = "folder") -> None:
+    """Raise UserError if a variant or a prompt differs from that in a folder or file, which the message calls `where`."""
     device = before.get("device", batch.device)
     if batch.device not in (None, device):
         raise UserError(
-            f"{place} holds videos made on {device}, and these are made on {batch.device}; choose another {flag}"
+            f"{place} holds videos made on {device}, and these are made on {batch.device}; choose another {where}"
         )
     known = known_variants(before)
     for label, config in batch.config_ids.items():
         if label in known and (different := changes(before["configs"][known[label]], batch.trees[config])):
             raise UserError(
                 f"{place} holds {label} videos of another configuration; changed: {', '.join(different)}; "
-                f"choose another {flag}, or the same settings"
+                f"choose another {where}, or the same settings"
             )
     for prompt in batch.suite.prompts:
         old_text = before["prompts"].get(prompt.prompt_id, prompt.text)

@@ -64,7 +64,7 @@ def own_shard(root: Path, shard: Shard, *, say: Say = say_on_stderr) -> Iterator
             except HeldError as error:
                 raise UserError(
                     f"another driver works on {shard.name} of {root}: {error.who}; wait for it, or give this one another "
-                    "--shard or --out"
+                    "--shard or folder"
                 ) from error
         yield
 

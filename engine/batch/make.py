@@ -150,7 +150,7 @@ class ItemMaker:
         if now != self.given_settings:
             raise UserError(
                 "a file of --given or --extend has changed since the batch began; put the same file back, or choose "
-                "another --out"
+                "another folder"
             )
 
     def on_step(self, item: str, finished: int, total: int) -> None:

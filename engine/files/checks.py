@@ -51,7 +51,7 @@ def make_folder(root: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"cannot write to --out {root}: {error.strerror}") from error
+        raise UserError(f"cannot write to the folder {root}: {error.strerror}") from error
 
 
 def _check_folder(path: Path) -> None:

@@ -17,7 +17,7 @@ from engine.load.hub import fetch
 from engine.load.loras import Lora, find_loras
 from engine.load.single_file import find_single_files
 from engine.load.weights import deciding_files, read_config
-from engine.paths import find_checkpoint
+from engine.paths import failing_as, find_checkpoint
 
 # A checkpoint of 28 GB takes 15 s or more to hash, on every rank at every start; so a file larger than this is sampled.
 _WHOLE_BYTES = 64 << 20
@@ -93,13 +93,15 @@ class Checkpoint:
         for expert, file in find_single_files(self.config).items():
             named.append((file.name if expert == EXPERTS[0] else f"{expert} {file.name}", file))
         for name, file in named:
-            size = file.stat().st_size
-            digest.update(f"{name} {size}\n".encode())
-            _add_sample(digest, file, size)
+            with failing_as(f"cannot read {file}"):
+                size = file.stat().st_size
+                digest.update(f"{name} {size}\n".encode())
+                _add_sample(digest, file, size)
         for lora in self.loras:
             of = "" if lora.expert == EXPERTS[0] else f"{lora.expert} "
-            digest.update(f"lora {of}{lora.scale!r} {lora.path.stat().st_size}\n".encode())
-            _add_sample(digest, lora.path, lora.path.stat().st_size)
+            with failing_as(f"cannot read {lora.path}"):
+                digest.update(f"lora {of}{lora.scale!r} {lora.path.stat().st_size}\n".encode())
+                _add_sample(digest, lora.path, lora.path.stat().st_size)
         return digest.hexdigest()
 
     def read(self, file: str) -> dict[str, Any]:
@@ -130,7 +132,9 @@ def open_checkpoint(config: ModelConfig, parts: Sequence[str] = (), *, offline: 
 
 def find_adapter(folder: Path) -> ModelAdapter:
     """The adapter of the model in a folder, by its model_index.json; UserError for a model that has none."""
-    if not (folder / "model_index.json").is_file():
+    with failing_as(f"cannot look for {folder / 'model_index.json'}"):
+        is_here = (folder / "model_index.json").is_file()
+    if not is_here:
         raise UserError(f"{folder} has no model_index.json; give the folder that holds transformer/, vae/ and the rest")
     return adapter_named(read_config(folder / "model_index.json"), folder / "model_index.json")
 

@@ -24,7 +24,7 @@ from engine.errors import UserError, first_line, is_out_of_memory
 from engine.load.experts import check_names, expert_of
 from engine.load.hub import FLOATS, commit_of, fetch_file, hub_file, quiet
 from engine.load.weights import broken_file, build_part
-from engine.paths import SHIPPED, expand
+from engine.paths import SHIPPED, expand, failing_as
 
 # diffusers' name for the one LoRA of a folder or of a hub repository.
 _USUAL = "pytorch_lora_weights.safetensors"
@@ -220,7 +220,8 @@ def _mismatch(layer: str, parts: Mapping[str, Tensor], shapes: Mapping[str, tupl
 
 
 def _is_here(name: str) -> bool:
-    return any((folder / name).exists() for folder in (Path(), SHIPPED)) or expand(name).exists()
+    with failing_as(f"cannot look for the LoRA {name}"):
+        return any((folder / name).exists() for folder in (Path(), SHIPPED)) or expand(name).exists()
 
 
 def _may_be_of_hub(name: str) -> bool:
@@ -240,11 +241,12 @@ def _without_number(name: str) -> tuple[str, str] | None:
 def _find(given: str, config: ModelConfig) -> Lora:
     name, scale = split_scale(split_expert(given)[1])
     expert = expert_of(given)
-    for path in (expand(name), SHIPPED / name):
-        if path.is_dir():
-            return Lora(path=_only_file(path), scale=scale, from_hub=False, expert=expert)
-        if path.is_file():
-            return Lora(path=path, scale=scale, from_hub=False, expert=expert)
+    with failing_as(f"cannot look for the LoRA {name}"):
+        for path in (expand(name), SHIPPED / name):
+            if path.is_dir():
+                return Lora(path=_only_file(path), scale=scale, from_hub=False, expert=expert)
+            if path.is_file():
+                return Lora(path=path, scale=scale, from_hub=False, expert=expert)
     if (unread := _without_number(name)) is not None:
         raise UserError(
             f"the scale of the LoRA {given} must be a number, got {unread[1]!r}; give {unread[0]}@1, or leave it out"
@@ -259,7 +261,7 @@ def _find(given: str, config: ModelConfig) -> Lora:
 
 
 def _only_file(folder: Path) -> Path:
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(file for file in folder.iterdir() if file.suffix == ".safetensors")
     usual = [file for file in files if file.name == _USUAL] or files
     if len(usual) == 1:
         return usual[0]

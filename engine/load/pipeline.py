@@ -26,7 +26,7 @@ from engine.load.quantised import check_storage, store
 from engine.load.sharded_weights import check_placement
 from engine.load.single_file import SingleFile, open_single_files
 from engine.load.weights import WEIGHT_FOLDERS, check_part, lfs_pointer, read_config, unfinished
-from engine.paths import is_pickle
+from engine.paths import failing_as, is_pickle
 from engine.progress import no_library_bars
 
 # The folder that belongs to the weights of a part, and the files of which a folder must have one.
@@ -182,7 +182,9 @@ def check_small_files(folder: Path, part: str) -> None:
     Without these files transformers builds a tokenizer without words, and every prompt would be ignored.
     """
     files = _SMALL_FILES.get(part, ("config.json",))
-    if not any((folder / part / file).is_file() for file in files):
+    with failing_as(f"cannot look for {folder / part / files[0]}"):
+        is_here = any((folder / part / file).is_file() for file in files)
+    if not is_here:
         raise UserError(f"{folder / part} has no {' or '.join(files)}; fetch the checkpoint again")
     for file in sorted((folder / part).glob("*.*")):
         if file.is_file() and (pointer := lfs_pointer(file)):

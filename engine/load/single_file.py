@@ -29,7 +29,7 @@ from engine.load.experts import check_names, check_side, expert_of
 from engine.load.hub import FLOATS, fetch_file, hub_file, quiet
 from engine.load.quantised import require_package
 from engine.load.weights import broken_file, compare_part, lfs_pointer, read_config
-from engine.paths import expand
+from engine.paths import expand, failing_as
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +138,18 @@ def is_of_hub(given: str) -> bool:
     """Whether FILE, high:FILE or low:FILE of `model.single_file` is ORGANISATION/NAME/FILE of the hub and not here."""
     name = split_expert(given)[1]
     path = Path(name)
-    return len(path.parts) > 2 and not path.is_absolute() and not name.startswith("~") and not path.is_file()
+    if len(path.parts) <= 2 or path.is_absolute() or name.startswith("~"):
+        return False
+    with failing_as(f"cannot look for model.single_file {name}"):
+        return not path.is_file()
 
 
 def _find(given: str, config: ModelConfig) -> Path:
     side, name = split_expert(given)
     path = expand(name)
-    if path.is_file():
+    with failing_as(f"cannot look for model.single_file {name}"):
+        is_here = path.is_file()
+    if is_here:
         check_side(str(path.resolve()), side, "file")
         return path
     hub = hub_file(name)

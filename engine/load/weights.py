@@ -13,6 +13,7 @@ from engine.adapters import ModelAdapter
 from engine.adapters.base import EXPERTS
 from engine.errors import UserError, first_line
 from engine.files.trees import parse_json
+from engine.paths import failing_as
 
 # Buffers that other versions of the libraries save, and models compute themselves.
 _HARMLESS = ("rope.",)
@@ -81,7 +82,7 @@ def broken_file(file: Path, error: Exception) -> UserError:
 
 def lfs_pointer(file: Path) -> str | None:
     """The message for a pointer file of git-lfs in place of the real one; None for any other file."""
-    with file.open("rb") as opened:
+    with failing_as(f"cannot read {file}"), file.open("rb") as opened:
         if opened.read(len(_LFS_POINTER)) != _LFS_POINTER:
             return None
     return f"{file} is a pointer of git-lfs and not the file itself; run git lfs pull in its folder"

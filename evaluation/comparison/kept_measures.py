@@ -116,7 +116,7 @@ def _header(comparison: Comparison, before: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _refuse_others(path: Path, before: dict[str, Any], comparison: Comparison) -> None:
-    check_same(path, before, comparison.batch, flag="--measures")
+    check_same(path, before, comparison.batch, where="--measures")
     now = _header(comparison, before)
     if before["clip_frames"] != now["clip_frames"]:
         raise UserError(

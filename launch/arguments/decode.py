@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from engine.config import DecodeConfig, ModelConfig, OutputConfig, RunConfig
 from engine.errors import UserError
-from engine.paths import expand
+from engine.paths import expand, failing_as
 from launch.cli.parser import Keys, arrange, make_parser, parse, wants_help
 
 USAGE = "LATENTS --output PATH [--overwrite] [--model.path PATH] [--SETTING VALUE ...]"
@@ -45,7 +45,9 @@ def read(argv: list[str]) -> Arguments:
         raise UserError("give the file of the video: --output PATH")
     OutputConfig(path=given.output)
     latents = expand(given.latents)
-    if not latents.exists():
+    with failing_as(f"cannot look for {given.latents}"):
+        is_here = latents.exists()
+    if not is_here:
         raise UserError(f"{latents} does not exist")
     return Arguments(latents=latents, parser=parser, words=words)
 

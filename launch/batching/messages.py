@@ -91,7 +91,7 @@ def check_room(
     if disk.free < disk.least:
         raise UserError(
             f"{files.root} has {describe_size(disk.free)} free, and at least {describe_size(disk.least)} are needed for the "
-            f"items in progress; {REMEDY_FULL}, or choose another --out; {SUPPORT}"
+            f"items in progress; {REMEDY_FULL}, or choose another folder; {SUPPORT}"
         )
     if disk.free < disk.needed:
         print(
@@ -175,7 +175,7 @@ def _without_latents(files: BatchFiles, done: Sequence[Item], options: Options) 
         return []
     return [
         f"{count} of {len(done)} finished items were made without --keep_latents and stay without latents; "
-        "to have them, choose another --out"
+        "to have them, choose another folder"
     ]
 
 

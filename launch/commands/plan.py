@@ -8,6 +8,7 @@ from engine.checks import check_beside
 from engine.config import RunConfig
 from engine.given.frames import GivenFrames
 from engine.given.known import check_given, check_places, count_begun, refuse_extend
+from engine.paths import failing_as
 from engine.planner.arrange import check_settings
 from engine.planner.cached import SCHEDULED
 from engine.planner.choose import choose
@@ -52,7 +53,9 @@ def _look_at_given(given: GivenFrames | None, config: RunConfig, spec: ModelSpec
     extend = given.extend
     if extend is None:
         return []
-    if not extend.exists():
+    with failing_as(f"cannot look for --extend {extend}"):
+        is_here = extend.exists()
+    if not is_here:
         return [f"given: --extend {extend} is not here, so its size and length are not checked"]
     notes = check_given(replace(given, images=()), of, **size, height=video.height, width=video.width)
     begun = count_begun(extend, of)

@@ -85,8 +85,10 @@ def test_a_pipeline_of_ones_own(model) -> None:
 
 
 def test_wrong_settings_end_in_one_line(folder: Path) -> None:
-    with pytest.raises(ValueError, match="method sliding_window has steps of the kinds local"):
-        config_of(folder, "1/8", "sliding_window")
+    for method in ("sliding_window", "direct"):
+        refused(lambda name=method: config_of(folder, "1/8", name), match=f"method {method} has steps of the kinds")
+    settings = {"method.name": "ultravico", "attention.dual": "triton"}
+    refused(lambda: read_preset("tiny-wan", settings=settings), match="attention.dual triton would leave that out")
     for far in ("1/0", 0.125):
         refused(lambda far=far: read_preset("tiny-wan", settings={"attention.far": far}), match="attention.far must be")
     refused(

@@ -551,11 +551,11 @@ def test_mistakes_are_one_line(make_batch: Callable[..., Run], settings: dict[st
 def test_an_output_folder_that_cannot_be_written(make_batch: Callable[..., Run], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     line = make_batch({"out": tmp_path / "file/out"}).error
-    assert line == f"cannot write to --out {tmp_path / 'file/out'}: {tmp_path / 'file'} is not a folder"
+    assert line == f"cannot write to the folder {tmp_path / 'file/out'}: {tmp_path / 'file'} is not a folder"
     assert make_batch({"out": tmp_path / "file"}, "--dry_run").error.endswith("file is not a folder")
     assert make_batch({"out": tmp_path / ("x" * 300)}, "--dry_run").error.endswith(": File name too long")
     # A folder that takes no files, whoever asks.
-    assert make_batch({"out": "/proc/sys"}).error.startswith("cannot write to --out /proc/sys: ")
+    assert make_batch({"out": "/proc/sys"}).error.startswith("cannot write to the folder /proc/sys: ")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
@@ -753,7 +753,7 @@ def test_a_disk_that_fills_up_grows_and_is_read_only_then(wan_folder: Path, suit
     assert full.startswith("error: "), ended
     assert "No space left on device" in full
     assert full.endswith("the same command continues")
-    assert read_only == f"error: cannot write to --out {out}: Read-only file system"
+    assert read_only == f"error: cannot write to the folder {out}: Read-only file system"
     assert "12 of 12 items done (" in ended.stdout
 
 
@@ -773,7 +773,7 @@ def test_a_disk_without_room_is_found_before_anything_is_loaded(
     error = make_batch({}).error
     assert error.startswith(f"{tmp_path / 'out'} has 1000 bytes free, and at least ")
     assert error.endswith(
-        " are needed for the items in progress; free some space, or choose another --out; the same command continues"
+        " are needed for the items in progress; free some space, or choose another folder; the same command continues"
     )
     # Enough for one item, and not for all four.
     free[0] = round(1024 * float(error.split("at least ")[1].split(" KiB")[0])) + 100

@@ -214,7 +214,7 @@ def test_existing_videos_are_kept_and_the_lists_may_grow(
     assert "holds direct videos of another configuration; changed: sampler.num_steps 2 -> 3, video.fps 16 -> 8" in (
         changed.error
     )
-    assert "choose another --out" in changed.error
+    assert "choose another folder" in changed.error
     other = compare_in("--prompt", "a blue star", seeds=0)
     assert "another prompt p0000 (line 1 of the prompts is 'a blue star', before it was 'a red circle')" in other.error
     # What a method does not read is nothing of its videos.

@@ -89,6 +89,11 @@ def test_unknown_home_is_one_line(run: Callable[..., Run], kept: Path, tmp_path:
     assert "nosuchuser" in run("decode", kept, "--output", "~nosuchuser/b.mp4").error
 
 
+def test_a_name_that_is_too_long_is_one_line(run: Callable[..., Run], tmp_path: Path) -> None:
+    for words in (["decode", "x" * 300, "--output", tmp_path / "b.mp4"], ["plan", "--extend", f"{'x' * 300}.mp4"]):
+        assert run(*words).error.endswith("x: File name too long")
+
+
 def read(kept: Path) -> tuple[torch.Tensor, Any]:
     """Latents and record of a file."""
     with safe_open(kept, "pt") as file:

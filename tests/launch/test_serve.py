@@ -538,6 +538,8 @@ def test_wrong_options_are_refused(wan_folder: Path, tmp_path: Path) -> None:
             arguments.read(words(wan_folder, tmp_path / "out", **settings))
     short.write_text(f"{KEY}\n")
     assert arguments.read(words(wan_folder, tmp_path, host="0.0.0.0", api_key_file=short)).key == KEY
+    with pytest.raises(UserError, match=r"^cannot write to the folder .*/many\.txt/out: .*/many\.txt is not a folder$"):
+        serve.run(arguments.read(words(wan_folder, many / "out")))  # not --out, which this command does not have
     with pytest.raises(UserError, match="holds no factors of a preview"):
         jobs_of(wan_folder, tmp_path / "out", preview_factors=short)
     with serve.listening("127.0.0.1", 0) as sock, pytest.raises(UserError, match="choose another --port"):

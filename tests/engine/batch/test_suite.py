@@ -54,7 +54,9 @@ def test_a_folder_takes_more_prompts_seeds_and_methods(tmp_path: Path) -> None:
 
 def test_a_folder_takes_nothing_else(tmp_path: Path) -> None:
     claim_folder(tmp_path, batch("a", "b"))
-    with pytest.raises(UserError, match=r"changed: sampler.guidance_scale 5.0 -> 4.0; choose another --out"):
+    with pytest.raises(
+        UserError, match=r"changed: sampler.guidance_scale 5.0 -> 4.0; choose another folder, or the same"
+    ):
         claim_folder(tmp_path, batch("a", "b", guidance_scale=4.0))
     with pytest.raises(
         UserError, match=r"holds another prompt p0001 \(line 2 of prompts.txt is 'c', before it was 'b'\)"

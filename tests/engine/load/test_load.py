@@ -1,6 +1,7 @@
 """Checkpoints that are broken, each in another way: one line that names the file, before anything is made with them."""
 
 import dataclasses
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,10 @@ import engine.load.pipeline
 from engine.config import ModelConfig
 from engine.devices import pick_dtype
 from engine.errors import UserError
-from engine.load.pipeline import load_pipeline
+from engine.load.checkpoint import find_adapter, open_checkpoint
+from engine.load.loras import find_loras
+from engine.load.pipeline import check_small_files, load_pipeline, load_tokenizer
+from engine.load.single_file import find_single_files
 from tests.tiny_pipelines import save_random_wan
 
 
@@ -236,3 +240,32 @@ def test_other_errors_do_not_advise_a_new_download(tmp_path: Path, error: Except
     with pytest.raises(UserError) as refused, engine.load.pipeline.faults_of(tmp_path / "tokenizer"):
         raise error
     assert str(refused.value) == f"cannot load the tokenizer from {tmp_path / 'tokenizer'}: {told}"
+
+
+LONG = "x" * 300  # names have at most 255 bytes
+
+
+@pytest.mark.parametrize("file", ["vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"])
+def test_a_file_that_cannot_be_read_is_one_line(folder: Path, tmp_path: Path, file: str) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / file).unlink(missing_ok=True)
+    (copy / file).symlink_to("/proc/self/mem")  # a file whose bytes cannot be read, by root neither
+    config = ModelConfig(path=str(copy), device="cpu")
+    with pytest.raises(UserError, match=rf"cannot read .*{file.rpartition('/')[2]}: Input/output error"):
+        open_checkpoint(config).digest if file.startswith("vae") else load_tokenizer(config)
+
+
+def test_a_file_that_cannot_be_looked_for_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(path=str(folder), device="cpu", loras=(LONG,))
+    with pytest.raises(UserError, match=r"^cannot look for the LoRA x{80,200}: File name too long$"):
+        find_loras(config)
+    with pytest.raises(UserError, match=r"^cannot look for model\.single_file x{80,200}: File name too long$"):
+        find_single_files(ModelConfig(path=str(folder), device="cpu", single_file=f"{LONG}.safetensors"))
+    monkeypatch.setattr(Path, "is_file", _forbidden)
+    for look in (lambda: find_adapter(folder), lambda: check_small_files(folder, "vae")):
+        with pytest.raises(UserError, match=r"^cannot look for .*json: Permission denied$"):
+            look()
+
+
+def _forbidden(path: Path) -> bool:
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))

@@ -372,7 +372,7 @@ def test_memory_that_runs_out_ends_the_item_with_what_would_fit(told: list[dict[
     (failed,) = told
     assert (failed["event"], failed["kind"], failed["whole"]) == ("failed", "memory", False)
     assert failed["message"].startswith("out of memory while making an item (")
-    assert failed["message"].endswith("; with another --out also --decode.mode tiled, or a shorter or smaller video")
+    assert failed["message"].endswith("; in another folder also --decode.mode tiled, or a shorter or smaller video")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [FILE]
 
 

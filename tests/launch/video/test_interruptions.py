@@ -18,5 +18,5 @@ def test_memory_that_runs_out_is_not_answered_with_what_the_folder_refuses(tmp_p
         raise MemoryError
     assert str(told.value) == (
         "out of memory while making a video on cpu (MemoryError); more ranks or --model.weights cpu_offload (on several ranks "
-        "zero3) would fit; with another --out also --decode.mode tiled, or a shorter or smaller video"
+        "zero3) would fit; in another folder also --decode.mode tiled, or a shorter or smaller video"
     )
