@@ -39,8 +39,8 @@ def check_far(far: int | str, method: Method, name: str) -> None:
     if not modes <= {"dual", "local"} or "dual" not in modes:
         instead = "; direct_far is direct with fewer far keys" if name == "direct" else ""
         raise ValueError(
-            f"attention.far {far} thins the keys of dual steps, and method {name} has steps of the kinds {', '.join(sorted(modes))}: "
-            f"use all, or a method that fuses both branches, such as freespec{instead}"
+            f"attention.far {far} thins the keys of dual steps, and method {name} has steps of other kinds "
+            f"({', '.join(sorted(modes))}); set attention.far all, or use a method that fuses both branches, such as freespec{instead}"
         )
 
 

@@ -86,7 +86,7 @@ def test_a_pipeline_of_ones_own(model) -> None:
 
 def test_wrong_settings_end_in_one_line(folder: Path) -> None:
     for method in ("sliding_window", "direct"):
-        refused(lambda name=method: config_of(folder, "1/8", name), match=f"method {method} has steps of the kinds")
+        refused(lambda name=method: config_of(folder, "1/8", name), match=f"method {method} has steps of other kinds")
     settings = {"method.name": "ultravico", "attention.dual": "triton"}
     refused(lambda: read_preset("tiny-wan", settings=settings), match="attention.dual triton would leave that out")
     for far in ("1/0", 0.125):

@@ -188,7 +188,7 @@ MISTAKES = {
     "--method.name magic": "choose one of direct, sliding_window, freenoise, freelong, freelong_pp, freepca, ultravico, lvsa, freeloc, freespec, direct_far",
     "--method.freespec.alpha -1": "alpha must be a finite number, 0 or more, got -1",
     "--attention.complement sge": "unknown attention.complement 'sge'; choose one of same, sage",
-    "--attention.far 1/8 --method lvsa": "attention.far 1/8 thins the keys of dual steps, and method lvsa has steps of the kinds frames",
+    "--attention.far 1/8 --method lvsa": "attention.far 1/8 thins the keys of dual steps, and method lvsa has steps of other kinds (frames); set attention.far all",
     "--method ultravico --attention.dual triton": "method ultravico attends to the keys outside the windows in its own way",
     "--attention.kernel warp": "unknown attention.kernel 'warp'; choose one of auto, plain",
     "--output.path a.avi": "output.path must end in .mp4, .gif, .webp, or in / for a folder of PNG frames, got 'a.avi'",
