@@ -190,7 +190,7 @@ class ModelConfig:
             return
         _check(
             self.weights != "zero3",
-            f"model.weights zero3 shards plain tensors of one dtype, which those of {quantised} are not; use resident, cpu_offload or block_offload",
+            f"model.weights zero3 shards plain tensors of one dtype, and the weights of {quantised} are stored otherwise; use resident, cpu_offload or block_offload",
         )
         _check(
             not self.compile,

@@ -23,13 +23,13 @@ def check_side(name: str, side: str | None, what: str) -> None:
     """Refuse a file, `what` in messages, whose name says that it is for another one of two transformers than `side`."""
     if side is None and says_one_of_two(name):
         raise UserError(
-            f"the {what} {name} is of one of the two transformers of Wan2.2 A14B, by its name: give it as high:{name} or low:{name}, to a "
+            f"the {what} {name} is of one of the two transformers of Wan2.2 A14B, as its name says; give it as high:{name} or low:{name}, to a "
             "checkpoint that has two"
         )
     if side is not None and says_expert(name) not in (None, side):
         raise UserError(
-            f"{side}:{name} puts a {what} of the other transformer there, by its name; give it as {says_expert(name)}:{name}, or rename "
-            "it if the name is wrong"
+            f"{side}:{name} is a {what} for the other transformer, as its name says; give it as {says_expert(name)}:{name}, or rename "
+            "the file if its name is wrong"
         )
 
 

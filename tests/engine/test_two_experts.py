@@ -315,7 +315,7 @@ def test_a_lora_of_the_other_transformer_by_its_name():
     model = ModelConfig(path="x", loras=("low:a/b/wan2.2_t2v_A14b_high_noise_lora.safetensors",), offline=True)
     refused(
         lambda: find_loras(model),
-        match="low:.* puts a LoRA of the other transformer there, by its name; give it as high:",
+        match="low:.* is a LoRA for the other transformer, as its name says; give it as high:",
     )
 
 

@@ -303,7 +303,7 @@ def test_files_that_are_refused(pair: SimpleNamespace, tmp_path: Path) -> None:
         *(((f"high:{pair.safetensors['high']}", f"low:{other}"), same) for other in (link, hard, copy)),
         (
             (f"high:{pair.gguf['low']}",),
-            "high:.* puts a file of the other transformer there, by its name; give it as low:",
+            "high:.* is a file for the other transformer, as its name says; give it as low:",
         ),
         (str(pair.safetensors["high"]), "has two transformers: say which of them the file .*h.safetensors replaces"),
     ):
