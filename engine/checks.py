@@ -19,6 +19,15 @@ from freespec.methods.base import names_tiers
 from freespec.riflex import Riflex
 
 
+def check_call(prompt: str, negative_prompt: str, seed: int) -> None:
+    """Raise UserError for texts and seeds of a call that a configuration would not take."""
+    for what, text in (("prompt", prompt), ("negative prompt", negative_prompt)):
+        if not isinstance(text, str):
+            raise UserError(f"the {what} must be one text, got {text!r:.60}")
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise UserError(f"the seed must be a whole number in [0, 2**63), got {seed!r:.60}")
+
+
 def check_model(
     config: RunConfig,
     adapter: ModelAdapter,

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from engine.adapters import ModelAdapter, VideoSpec, adapter_of
 from engine.adapters.base import Condition
-from engine.checks import check_beside, check_kernels, check_model, check_ranks
+from engine.checks import check_beside, check_call, check_kernels, check_model, check_ranks
 from engine.config import MethodConfig, OutputConfig, RunConfig
 from engine.decode.decoder import VideoDecoder
 from engine.denoise.denoise import Denoised
@@ -27,6 +27,7 @@ from engine.denoise.loop import DenoiseLoop, Preview
 from engine.denoise.noise import draw_noise
 from engine.denoise.snapshot import Snapshot
 from engine.devices import pick_device, pick_dtype
+from engine.errors import UserError
 from engine.given.frames import GivenFrames
 from engine.given.known import Known, check_needs, read_given_on_ranks
 from engine.hooks.apply import MethodHandle, apply_method
@@ -73,7 +74,7 @@ class LongVideoEngine:
         """
         self.config = config
         self.device = pick_device(config.model.device)
-        self._alone = ranks is None
+        self._alone, self._closed = ranks is None, False
         self.ranks = ranks or Ranks(mesh=GROUP_OF_ONE.acquire(), why="one process", nodes=(socket.gethostname(),))
         if self.is_first:
             running_revision()  # now, as the commit may change before the first record
@@ -177,6 +178,7 @@ class LongVideoEngine:
 
     def close(self) -> None:
         """Remove the method from the pipeline."""
+        self._closed = True
         self.handle.remove()
         self._release_group()
 
@@ -208,12 +210,15 @@ class LongVideoEngine:
         on all ranks together, and save no state. With `sampler.cache` only the last state is saved. `on_step(finished, total)` is called after each step, and `preview` on
         rank 0 inside each, see `DenoiseLoop`. `given` are given frames of the video.
         """
+        if self._closed:
+            raise UserError("this engine is closed and has no method; make another LongVideoEngine")
         if trace is not None:
             self.config.check_traceable()
         sampler, video = self.config.sampler, self.config.video
         seed = sampler.seed if seed is None else seed
         negative_prompt = sampler.negative_prompt if negative_prompt is None else negative_prompt
         num_frames = video.num_frames if num_frames is None else num_frames
+        check_call(prompt, negative_prompt, seed)
         self.spec.check_video(num_frames, video.height, video.width)
         check_needs(given, self.spec, num_frames=num_frames, fps=video.fps)
         check_beside(self.config, self.spec, given, num_frames=num_frames)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 
-from engine.config import VIDEO_KINDS, VideoKind
+from engine.config import MOST_FPS, MOST_RATES, VIDEO_KINDS, VideoKind
 from engine.errors import UserError
 from engine.files.folders import frame_name
 from engine.files.whole import atomic_path
@@ -90,12 +90,26 @@ def open_video(
 
 def write_video(path: str | Path, frames: np.ndarray, *, fps: int, crf: int = 12, replace: bool = True) -> None:
     """Write frames, uint8 [T, H, W, 3], to .mp4, .gif, .webp or a new folder of PNG files, atomically; see `open_video`."""
-    path, (_, height, width, _) = Path(path), frames.shape
-    if path.suffix not in VIDEO_KINDS:
+    path = Path(path)
+    if path.suffix not in VIDEO_KINDS or not path.name:
         raise UserError(f"a video must end in .mp4, .gif or .webp, or be the name of a folder, got {path}")
+    _check_frames(path, frames, fps)
+    _, height, width, _ = frames.shape
     kind = VIDEO_KINDS[path.suffix]
     with open_video(path, kind=kind, fps=fps, height=height, width=width, crf=crf, replace=replace) as video:
         video.write(frames)
+
+
+def _check_frames(path: Path, frames: np.ndarray, fps: int) -> None:
+    """Raise UserError for frames or a rate that the format cannot hold."""
+    kind, shape = getattr(frames, "dtype", type(frames).__name__), list(getattr(frames, "shape", []))
+    if kind != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+        raise UserError(f"{path}: frames must be a NumPy array, uint8 [T, H, W, 3] with T >= 1, got {kind} {shape}")
+    if path.suffix == ".mp4" and (shape[1] % 2 or shape[2] % 2):
+        raise UserError(f"{path}: frames of an mp4 must have even sizes, got {shape[1]} x {shape[2]}; crop them")
+    most = MOST_RATES.get(path.suffix, MOST_FPS)
+    if type(fps) is not int or not 1 <= fps <= most:
+        raise UserError(f"{path}: fps must be a whole number from 1 to {most}, got {fps!r:.60}")
 
 
 def as_comment(facts: Mapping[str, Any]) -> str:

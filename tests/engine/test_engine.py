@@ -274,3 +274,27 @@ def test_the_process_group_goes_with_the_last_engine(folder):
     second.close()
     second.close()
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        ({"prompt": None}, "the prompt must be one text, got None"),
+        ({"prompt": ["a", "b"]}, "the prompt must be one text, got "),
+        ({"negative_prompt": 5}, "the negative prompt must be one text, got 5"),
+        *(
+            ({"seed": seed}, r"the seed must be a whole number in \[0, 2\*\*63\), got")
+            for seed in (-1, 1.5, "1", True, 2**63)
+        ),
+    ],
+)
+def test_texts_and_seeds_of_a_call_are_checked_as_settings_are(engine, call, told):
+    with pytest.raises(UserError, match=told):
+        engine.generate(**({"prompt": PROMPT} | call))
+
+
+def test_a_closed_engine_says_so(folder):
+    with LongVideoEngine(config_of(folder)) as engine:
+        pass
+    with pytest.raises(UserError, match="this engine is closed and has no method; make another LongVideoEngine"):
+        engine.generate(PROMPT)

@@ -1,5 +1,6 @@
 """Video files: whole or absent, every frame in them, colours kept, the same bytes for the same frames."""
 
+import contextlib
 import errno
 import json
 import os
@@ -13,9 +14,10 @@ import pytest
 from PIL import ExifTags, Image, ImageSequence
 
 from engine.config import VideoKind
+from engine.errors import UserError
 from engine.files.whole import WriteError
 from engine.media.read_video import count_frames, read_video
-from engine.media.write_video import as_comment, open_video
+from engine.media.write_video import as_comment, open_video, write_video
 
 
 def moving_bars(num_frames: int, *, height: int = 32, width: int = 48) -> np.ndarray:
@@ -238,3 +240,26 @@ def test_truncated_video_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match="holds 8 of 9 frames"):
         write(tmp_path / "a.mp4", moving_bars(9))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "fps", "told"),
+    [
+        ("a.mp4", moving_bars(2).astype(np.float32), 16, r"uint8 \[T, H, W, 3\] with T >= 1, got float32"),
+        ("a.mp4", moving_bars(2)[:0], 16, r"got uint8 \[0, 32, 48, 3\]"),
+        ("a.gif", moving_bars(2)[0], 16, r"got uint8 \[32, 48, 3\]"),
+        ("a.mp4", list(moving_bars(2)), 16, r"got list \[\]"),
+        ("a.mp4", moving_bars(2)[:, :31], 16, "even sizes, got 31 x 48; crop them"),
+        ("a.mp4", moving_bars(2), 0, "fps must be a whole number from 1 to 1000, got 0"),
+        ("a.gif", moving_bars(2), 60, "from 1 to 50, got 60"),
+        ("a.webp", moving_bars(2), 16.5, r"from 1 to 90, got 16\.5"),
+        ("", moving_bars(2), 16, "or be the name of a folder"),
+    ],
+)
+def test_frames_that_no_video_holds_are_refused_and_leave_nothing(
+    tmp_path: Path, name: str, frames: Any, fps: Any, told: str
+) -> None:
+    with contextlib.chdir(tmp_path), pytest.raises(UserError, match=told):
+        write_video(name, frames, fps=fps)
+    assert list(tmp_path.iterdir()) == []
+    write_video(tmp_path / "odd.gif", moving_bars(2)[:, :31], fps=16)  # only mp4 halves the colours
