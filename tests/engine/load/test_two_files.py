@@ -354,7 +354,7 @@ def test_files_in_a_folder_with_both_words_and_short_names(pair: SimpleNamespace
         files = {side: tmp_path / folder / f"{side}{suffix}.safetensors" for side in SIDES}
         load_pipeline(config_of(pair.bare, named(files)).model)
         swapped = named({"high": files["low"], "low": files["high"]})
-        with pytest.raises(UserError, match=rf"give it as low:{files['low']}, or rename it if the name is wrong"):
+        with pytest.raises(UserError, match=rf"give it as low:{files['low']}, or rename the file if its name is wrong"):
             load_pipeline(config_of(pair.bare, swapped).model)
 
 
@@ -382,7 +382,7 @@ def test_names_of_the_hub_are_checked_before_a_download(pair: SimpleNamespace, m
             lambda run=config: check_experts(run, EXPERTS),
         ):
             with pytest.raises(
-                UserError, match=r"low:A/B/other_high_noise.safetensors puts a .* of the other transformer there"
+                UserError, match=r"low:A/B/other_high_noise.safetensors is a .* for the other transformer"
             ):
                 check()
     assert fetched == []
