@@ -142,7 +142,8 @@ def describe_parser_error(error: ArgumentError) -> str:
     found = _TYPE_ERROR.search(message) or _UNION_ERROR.search(message)
     if found is None:
         return " ".join(message.split())
-    return f"{found['key']} must be {_describe_type(found['type'])}, got {found['value'].strip()!r}"
+    key = found["key"] if "." in found["key"] else f"--{found['key']}"  # an option of a command, which is no setting
+    return f"{key} must be {_describe_type(found['type'])}, got {found['value'].strip()!r}"
 
 
 def _describe_type(text: str) -> str:

@@ -347,7 +347,7 @@ def _check_follows(timeline: Timeline, index: int) -> None:
         raise UserError(f"{timeline.name(index - 1)} has no end, and only the last event may be open")
     start, stop = timeline.number(event.start), timeline.number(before.stop)
     if event.start > before.stop:
-        raise UserError(f"nothing covers {stop} to {start}, before {name} {SYNTAX}")
+        raise UserError(f"nothing covers {stop} to {start}, before {name}; {SYNTAX}")
     if event.start == before.stop:
         return
     if event.start <= before.start or (event.stop is not None and event.stop < before.stop):
