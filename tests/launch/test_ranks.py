@@ -297,7 +297,7 @@ def test_a_process_alone_refuses_what_is_for_ranks(make: Callable[..., Run]) -> 
     )
     assert "parallel.provider deepspeed is for ranks" in make({"parallel.provider": "deepspeed"}).error
     assert make(None, "--nproc", 0).error == "--nproc must be 1 or more, got 0"
-    assert make(None, "--nproc", "many").error == "nproc must be a whole number, got 'many'"
+    assert make(None, "--nproc", "many").error == "--nproc must be a whole number, got 'many'"
 
 
 def test_nproc_beside_the_ranks_of_torchrun(make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -383,13 +383,16 @@ def test_a_quantised_pipeline_of_ones_own(folders: dict[str, Path], storage: str
 REFUSED = {
     "zero3": (
         {"storage": "fp8", "weights": "zero3"},
-        "model.weights zero3 shards plain tensors .* model.storage fp8 are not",
+        "model.weights zero3 shards plain tensors .* model.storage fp8 are stored otherwise",
     ),
     "compile": (
         {"storage": "torchao_int8", "compile": True},
         "model.compile was not tried with model.storage torchao_int8",
     ),
-    "gguf and zero3": ({"single_file": "a.gguf", "weights": "zero3"}, "those of the GGUF file a.gguf are not"),
+    "gguf and zero3": (
+        {"single_file": "a.gguf", "weights": "zero3"},
+        "the weights of the GGUF file a.gguf are stored otherwise",
+    ),
     "gguf and compile": ({"single_file": "a.gguf", "compile": True}, "model.compile was not tried with the GGUF file"),
     "gguf again": ({"single_file": "a.gguf", "storage": "fp8"}, "model.storage fp8 would quantise a.gguf again"),
     "gguf and LoRAs": (
